@@ -1,0 +1,81 @@
+"""Run a Python pipeline over many inputs on a preemptible Slurm cluster, each result once.
+
+The public names are imported when first used, so that ``import hpcresume`` and the
+commands that never touch a pipeline stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcresume.errors import HpcResumeError
+    from hpcresume.pipeline.context import Context, Worker
+    from hpcresume.pipeline.pipeline import Pipeline, Rows
+    from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
+    from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
+    from hpcresume.pipeline.stage import Stage, stage
+
+    __version__: str
+
+__all__ = [
+    "Context",
+    "Failed",
+    "HpcResumeError",
+    "Many",
+    "Pipeline",
+    "Rows",
+    "Source",
+    "Stage",
+    "Worker",
+    "WorkerBroken",
+    "__version__",
+    "files",
+    "indexed",
+    "lines",
+    "rows",
+    "stage",
+]
+
+_HOMES = {
+    "Context": "hpcresume.pipeline.context",
+    "Failed": "hpcresume.pipeline.sentinels",
+    "HpcResumeError": "hpcresume.errors",
+    "Many": "hpcresume.pipeline.sentinels",
+    "Pipeline": "hpcresume.pipeline.pipeline",
+    "Rows": "hpcresume.pipeline.pipeline",
+    "Source": "hpcresume.pipeline.sources",
+    "Stage": "hpcresume.pipeline.stage",
+    "Worker": "hpcresume.pipeline.context",
+    "WorkerBroken": "hpcresume.pipeline.sentinels",
+    "files": "hpcresume.pipeline.sources",
+    "indexed": "hpcresume.pipeline.sources",
+    "lines": "hpcresume.pipeline.sources",
+    "rows": "hpcresume.pipeline.sources",
+    "stage": "hpcresume.pipeline.stage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("hpcresume")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH has no metadata
+        return "0+checkout"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

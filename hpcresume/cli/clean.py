@@ -1,0 +1,112 @@
+"""``hpcresume clean``: remove what a run no longer needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import click
+
+from hpcresume.cli.common import (
+    emit_json,
+    human_bytes,
+    human_count,
+    json_option,
+    run_argument,
+    say,
+)
+from hpcresume.errors import RunDirError
+
+if TYPE_CHECKING:
+    from hpcresume.run.directory import RunDir
+
+
+@click.command()
+@run_argument(required=True)
+@click.option("--all", "everything", is_flag=True, help="The whole run directory, results too.")
+@click.option("--yes", is_flag=True, help="Remove; without it only say what would be removed.")
+@json_option
+def clean(run: RunDir, everything: bool, yes: bool, as_json: bool) -> None:
+    """Remove temporary files that killed tasks of RUN left behind.
+
+    A run that is not running has no use for them.  Results, logs and records stay, unless
+    --all is given.
+
+    \b
+    Example:
+      hpcresume clean runs/paragraphs-1f2e3d4c
+      hpcresume clean runs/paragraphs-1f2e3d4c --all --yes
+    """
+    _refuse_what_is_in_use(run)
+    found = [run.path] if everything else _temporary_files(run.path)
+    size = _size_bytes(run.path) if everything else sum(map(os.path.getsize, found))
+    if yes:
+        _remove(found, directory=everything)
+    if as_json:
+        emit_json({"run": run.path, "removed": yes, "paths": found, "bytes": size})
+        return
+    what = run.path if everything else human_count(len(found), "temporary file")
+    say(f"{'removed' if yes else 'would remove'} {what}, {human_bytes(size)}")
+    if found and not yes:
+        say("Nothing was removed. To remove it, add --yes", err=True)
+
+
+def _refuse_what_is_in_use(run: RunDir) -> None:
+    from hpcresume.observe.status import read_status
+    from hpcresume.run.directory import TAG, TAG_NAME, check_owner
+
+    check_owner(run.path)
+    signature = TAG.splitlines()[0]
+    try:
+        with open(run.join(TAG_NAME), "rb") as file:
+            tagged = file.read(len(signature)) == signature
+    except FileNotFoundError:
+        tagged = False
+    if not tagged:
+        raise RunDirError(
+            f"{run.path} has no {TAG_NAME} of hpcresume. "
+            "It may not be a run directory, so nothing in it is removed. "
+            "Check the path; remove it by hand if you are sure.",
+            path=run.path,
+        )
+    found = read_status(run)
+    stopping = any(task.state == "running" for task in found.tasks)
+    if stopping or found.state in ("running", "waiting"):
+        raise RunDirError(
+            f"{run.path} is in use ({found.state}). "
+            "Its tasks write to it, and what they write would be lost. "
+            f"Wait for its end, or run: hpcresume cancel {run.path}",
+            path=run.path,
+        )
+
+
+def _temporary_files(path: str) -> list[str]:
+    from hpcresume.fs import TEMPORARY_PREFIX
+
+    return sorted(
+        os.path.join(directory, name)
+        for directory, _, names in os.walk(path)
+        for name in names
+        if name.startswith(TEMPORARY_PREFIX)
+    )
+
+
+def _size_bytes(path: str) -> int:
+    paths = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+    return sum(os.lstat(path).st_size for path in paths)
+
+
+def _remove(paths: list[str], *, directory: bool) -> None:
+    try:
+        for path in paths:
+            if directory:
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot remove {error.filename}: {error.strerror or error}. "
+            "The rest was left as it is. Check its owner and mode, then run this again.",
+            path=str(error.filename),
+        ) from error

@@ -1,0 +1,195 @@
+"""``hpcresume status``: what is done, left, failing and at risk."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from hpcresume.cli.common import (
+    emit_json,
+    exit_code_of,
+    finish,
+    human_count,
+    human_duration,
+    human_rate,
+    json_option,
+    run_argument,
+    say,
+)
+
+if TYPE_CHECKING:
+    from hpcresume.observe.status import Status
+    from hpcresume.run.directory import RunDir
+
+REDRAW_S = 2.0
+# squeue burdens a controller that every user shares.
+ASK_SLURM_S = 30.0
+LOG_LINE_S = 60.0
+_MOST_TASKS = 20
+
+
+@click.command()
+@run_argument()
+@click.option("--watch", is_flag=True, help="Go on until the run ends; exit with its code.")
+@json_option
+def status(run: RunDir, watch: bool, as_json: bool) -> None:
+    """Show how RUN stands: done, left, failing, at risk; per task and per stage.
+
+    RUN defaults to the last run of this directory.
+
+    \b
+    Example:
+      hpcresume status
+      hpcresume status runs/paragraphs-1f2e3d4c --watch
+      hpcresume status --json | jq .sources
+    """
+    from hpcresume.observe.status import read_status
+
+    if watch:
+        finish(_watch(run, as_json=as_json))
+    _show(read_status(run), as_json=as_json)
+
+
+def _show(found: Status, *, as_json: bool) -> None:
+    if as_json:
+        emit_json(found.to_dict())
+    else:
+        say("\n".join(status_lines(found)))
+
+
+def _watch(run: RunDir, *, as_json: bool) -> int:
+    if sys.stdout.isatty() and not as_json:
+        return _watch_terminal(run)
+    for found in _readings(run, pause_s=REDRAW_S if as_json else LOG_LINE_S):
+        if as_json:
+            emit_json(found.to_dict())
+        else:
+            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {status_line(found)}")
+        sys.stdout.flush()
+    return exit_code_of(found.state)
+
+
+def _watch_terminal(run: RunDir) -> int:
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False) as live:
+        for found in _readings(run, pause_s=REDRAW_S):
+            live.update(Text("\n".join(status_lines(found))), refresh=True)
+    return exit_code_of(found.state)
+
+
+def _readings(run: RunDir, *, pause_s: float) -> Iterator[Status]:
+    """Yield how the run stands until it has ended; the last one says how."""
+    from hpcresume.observe.status import read_status
+
+    pause, asked_at = threading.Event(), -ASK_SLURM_S
+    while True:
+        ask = time.monotonic() - asked_at >= ASK_SLURM_S
+        if ask:
+            asked_at = time.monotonic()
+        found = read_status(run, ask_slurm=ask)
+        yield found
+        if found.ended:
+            return
+        pause.wait(pause_s)
+
+
+def status_line(found: Status) -> str:
+    """Return how a run stands in one line."""
+    sources = found.sources
+    parts = [
+        found.state,
+        f"{sources.completed:,} of {human_count(sources.total, 'source')} done",
+        f"{sources.failing:,} failing",
+        f"{sources.quarantined:,} quarantined",
+        f"{sources.at_risk:,} at risk",
+    ]
+    if found.rate_per_s is not None:
+        parts.append(f"{human_rate(found.rate_per_s)}, {human_duration(found.eta_s)} left")
+    return ", ".join(parts) + (f" ({found.reason})" if found.reason else "")
+
+
+def status_lines(found: Status) -> list[str]:
+    """Return how a run stands as lines for people."""
+    lines = [
+        f"{found.name}: {found.state}" + (f" ({found.reason})" if found.reason else ""),
+        f"  {found.run}",
+        *_source_lines(found),
+        *_task_lines(found),
+        *_stage_lines(found),
+    ]
+    if found.unasked:
+        lines.append(f"not asked: {found.unasked}")
+    return lines
+
+
+def _source_lines(found: Status) -> list[str]:
+    sources = found.sources
+    share = 100 * sources.completed / sources.total if sources.total else 100.0
+    done = f"{sources.completed:,} of {sources.total:,} completed ({share:.1f} %)"
+    quarantined = f"{sources.quarantined:,} quarantined ({found.tolerated:,} tolerated)"
+    lines = [
+        f"sources   {done}, {sources.remaining:,} remaining",
+        f"          {sources.failing:,} failing, {quarantined}, {sources.at_risk:,} at risk",
+    ]
+    if found.rate_per_s is not None:
+        eta = human_duration(found.eta_s)
+        lines.append(f"rate      {human_rate(found.rate_per_s)}, about {eta} left")
+    return lines
+
+
+def _task_lines(found: Status) -> list[str]:
+    if not found.rounds:
+        return []
+    newest = found.rounds[-1]
+    tasks = [task for task in found.tasks if task.round == newest.round]
+    by_state = ", ".join(
+        f"{sum(task.state == state for task in tasks):,} {state}"
+        for state in dict.fromkeys(task.state for task in tasks)
+    )
+    job = f", job {newest.job_id}" if newest.job_id else ""
+    lines = [f"round {newest.round:<3} {human_count(newest.tasks, 'task')}{job}: {by_state}"]
+    rows = [
+        (str(t.task), str(t.attempt), t.state, t.host, f"{t.completed:,}", f"{t.in_flight:,}")
+        for t in sorted(tasks, key=lambda t: t.state != "running")
+        if t.attempt
+    ]
+    head = ("task", "attempt", "state", "host", "completed", "in flight")
+    lines += table(head, rows[:_MOST_TASKS])
+    if len(rows) > _MOST_TASKS:
+        lines.append(f"  and {len(rows) - _MOST_TASKS:,} more; all of them: --json")
+    return lines
+
+
+def _stage_lines(found: Status) -> list[str]:
+    head = ("stage", "in", "out", "dropped", "failed", "seconds")
+    rows = [
+        (
+            stage.name,
+            f"{stage.items_in:,}",
+            f"{stage.items_out:,}",
+            f"{stage.dropped:,}",
+            f"{stage.failed:,}",
+            f"{stage.seconds:,.1f}",
+        )
+        for stage in found.stages
+    ]
+    return table(head, rows)
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return aligned lines, indented by two; none where there are no rows."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in (head, *rows)
+    )
+    return [f"  {line.rstrip()}" for line in lines]

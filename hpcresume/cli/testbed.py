@@ -1,0 +1,265 @@
+"""``hpcresume testbed``: a real Slurm on this one machine, and ways to break it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from hpcresume.cli.common import emit_json, finish, json_option, say
+
+if TYPE_CHECKING:
+    from hpcresume.testbed import Testbed
+
+EXIT_NOT_UP = 1
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
+
+
+def _default_directory() -> str:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "hpcresume", "testbed")
+
+
+_PATH = click.Path(file_okay=False, path_type=Path)
+
+
+def _directory_argument(command: _CommandT) -> _CommandT:
+    return click.argument("directory", type=_PATH, default=_default_directory)(command)
+
+
+def _directory_option(command: _CommandT) -> _CommandT:
+    option = click.option(
+        "--dir",
+        "directory",
+        type=_PATH,
+        default=_default_directory,
+        help="The testbed's directory, where it is not the default one.",
+    )
+    return option(command)
+
+
+@click.group()
+def testbed() -> None:
+    """Run a real Slurm on this one machine, made of the distribution's own packages.
+
+    Several nodes, each with its own disk; two partitions with preemption; accounting;
+    memory limits where cgroup v1 is there.  Needs root.  DIRECTORY defaults to
+    $XDG_STATE_HOME/hpcresume/testbed (~/.local/state/hpcresume/testbed).
+
+    \b
+    Example:
+      eval "$(hpcresume testbed up --install)"
+      hpcresume submit pipeline.py --array 8
+      hpcresume testbed down
+    """
+
+
+@testbed.command("up")
+@_directory_argument
+@click.option("--nodes", type=click.IntRange(1, 64), default=4, show_default=True, help="Nodes.")
+@click.option(
+    "--cpus-per-node",
+    type=click.IntRange(1, 256),
+    default=2,
+    show_default=True,
+    help="CPUs that Slurm hands out per node; may be more than there are.",
+)
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(64),
+    help="Memory per node in MiB.  [default: the machine's, divided]",
+)
+@click.option(
+    "--proctrack",
+    type=click.Choice(["auto", "cgroup", "linuxproc"]),
+    default="auto",
+    show_default=True,
+    help="How Slurm follows processes; only cgroup limits memory.",
+)
+@click.option("--no-accounting", is_flag=True, help="Without slurmdbd: sacct does not answer.")
+@click.option("--install", is_flag=True, help="Install what is missing, with apt, as root.")
+@json_option
+def up(
+    directory: Path,
+    *,
+    nodes: int,
+    cpus_per_node: int,
+    memory_mb: int | None,
+    proctrack: Literal["auto", "cgroup", "linuxproc"],
+    no_accounting: bool,
+    install: bool,
+    as_json: bool,
+) -> None:
+    """Bring a testbed up and print the line that makes Slurm's commands use it.
+
+    \b
+    Example:
+      eval "$(hpcresume testbed up --nodes 2 --proctrack linuxproc)"
+      sinfo
+    """
+    from hpcresume import testbed as beds
+
+    if install:
+        beds.install(accounting=not no_accounting)
+    bed = beds.up(
+        directory,
+        nodes=nodes,
+        cpus_per_node=cpus_per_node,
+        memory_mb=memory_mb,
+        proctrack=proctrack,
+        accounting=not no_accounting,
+    )
+    if as_json:
+        emit_json(_as_json(bed))
+        return
+    say(f"export SLURM_CONF={bed.conf}")
+    say(f"# {len(bed.nodes)} nodes idle, proctrack/{bed.proctrack}", err=True)
+    say(f"# node-local disk on every node: {bed.scratch}", err=True)
+
+
+@testbed.command("down")
+@_directory_argument
+@json_option
+def down(directory: Path, as_json: bool) -> None:
+    """End a testbed, its jobs included; logs and the nodes' disks stay in DIRECTORY.
+
+    \b
+    Example:
+      hpcresume testbed down
+    """
+    from hpcresume import testbed as beds
+
+    ended = beds.down(directory)
+    if as_json:
+        emit_json({"directory": str(directory), "ended": ended})
+    else:
+        say(f"{directory}: {'down' if ended else 'no testbed was up'}", err=True)
+
+
+@testbed.command("status")
+@_directory_argument
+@json_option
+def status(directory: Path, as_json: bool) -> None:
+    """Show a testbed's nodes; exits 1 where none is up or a daemon of it has died.
+
+    \b
+    Example:
+      hpcresume testbed status --json
+    """
+    from hpcresume import testbed as beds
+
+    bed = beds.status(directory)
+    if bed is None:
+        if as_json:
+            emit_json({"directory": str(directory), "up": False})
+        else:
+            say(f"{directory}: no testbed is up", err=True)
+        finish(EXIT_NOT_UP)
+    if as_json:
+        emit_json(_as_json(bed))
+    else:
+        _print_status(bed)
+    if bed.dead:
+        finish(EXIT_NOT_UP)
+
+
+@testbed.command("preempt")
+@click.argument("job")
+@click.option(
+    "--hold",
+    "hold_s",
+    type=click.IntRange(1),
+    default=30,
+    show_default=True,
+    help="Seconds for which the node is taken.",
+)
+@_directory_option
+@json_option
+def preempt(job: str, hold_s: int, directory: Path, as_json: bool) -> None:
+    """Preempt the running job JOB (an id, or ARRAY_INDEX) by one that needs its node.
+
+    JOB must run in the partition low; it has a grace period of 15 s.
+
+    \b
+    Example:
+      hpcresume testbed preempt 7_3
+    """
+    from hpcresume import testbed as beds
+
+    preemptor = beds.preempt(directory, job, hold_s=hold_s)
+    if as_json:
+        emit_json({"job": job, "preempted_by": preemptor})
+    else:
+        say(preemptor)
+
+
+@testbed.command("fail-node")
+@click.argument("node")
+@_directory_option
+@json_option
+def fail_node(node: str, directory: Path, as_json: bool) -> None:
+    """Kill the slurmd of NODE (n1, n2, ...); its jobs run on as zombies.
+
+    Slurm takes about 40 s to see it, and requeues the jobs elsewhere.
+
+    \b
+    Example:
+      hpcresume testbed fail-node n2
+    """
+    from hpcresume import testbed as beds
+
+    beds.fail_node(directory, node)
+    if as_json:
+        emit_json({"node": node, "alive": False})
+    else:
+        say(f"{node}: slurmd killed; back with: hpcresume testbed restore-node {node}", err=True)
+
+
+@testbed.command("restore-node")
+@click.argument("node")
+@_directory_option
+@json_option
+def restore_node(node: str, directory: Path, as_json: bool) -> None:
+    """Start the slurmd of a failed NODE again, on the same disk.
+
+    \b
+    Example:
+      hpcresume testbed restore-node n2
+    """
+    from hpcresume import testbed as beds
+
+    beds.restore_node(directory, node)
+    if as_json:
+        emit_json({"node": node, "alive": True})
+    else:
+        say(f"{node}: slurmd started", err=True)
+
+
+def _as_json(bed: Testbed) -> dict[str, Any]:
+    return {
+        "up": True,
+        "directory": str(bed.directory),
+        "cluster": bed.cluster,
+        "slurm_conf": str(bed.conf),
+        "scratch": str(bed.scratch),
+        "proctrack": bed.proctrack,
+        "accounting": bed.accounting,
+        "nodes": [
+            {"name": n.name, "state": n.state, "alive": n.alive, "disk": str(n.disk)}
+            for n in bed.nodes
+        ],
+        "dead": list(bed.dead),
+    }
+
+
+def _print_status(bed: Testbed) -> None:
+    say(f"cluster  {bed.cluster}, proctrack/{bed.proctrack}")
+    say(f"use      export SLURM_CONF={bed.conf}")
+    say(f"scratch  {bed.scratch} on every node")
+    for node in bed.nodes:
+        say(f"{node.name}  {node.state}{'' if node.alive else ', its slurmd is not running'}")
+    for name in bed.dead:
+        say(f"{name} has died; its log is in {bed.directory / 'log'}")

@@ -1,0 +1,133 @@
+"""What travels between the driver and its workers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpcresume.ids import ROOT, ItemPath
+from hpcresume.segment.segment import StageCount
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Items for one call, column by column; slot i of every column is item i.
+
+    Attributes:
+        sources: Index of each item's source.
+        records: ``(id, encoded payload)`` of each source; None where sources are made
+            from their index.  Only for the first group.
+        ids: Id of each item's source.  Only for later groups.
+        attempts: Number of the try, by slot; 1 where it is not given.
+        paths: Path of each item; None for the sources themselves.
+        items: The items, pickled one by one; None for the first group.
+    """
+
+    sources: array[int]
+    records: list[tuple[str, bytes]] | None = None
+    ids: list[str] | None = None
+    attempts: dict[int, int] = field(default_factory=dict)
+    paths: list[ItemPath] | None = None
+    items: list[bytes] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.sources)
+
+    def select(self, slots: Sequence[int]) -> Inputs:
+        """Return the items in some slots, in the order given."""
+
+        def column(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[slot] for slot in slots]
+
+        attempts = {
+            new: self.attempts[old] for new, old in enumerate(slots) if old in self.attempts
+        }
+        sources = array("I", (self.sources[slot] for slot in slots))
+        return Inputs(
+            sources,
+            column(self.records),
+            column(self.ids),
+            attempts,
+            column(self.paths),
+            column(self.items),
+        )
+
+    def attempt(self, slot: int) -> int:
+        """Return the number of the try that an item belongs to."""
+        return self.attempts.get(slot, 1)
+
+    def source_id(self, slot: int) -> str:
+        """Return the id of an item's source."""
+        if self.ids is not None:
+            return self.ids[slot]
+        if self.records is not None:
+            return self.records[slot][0]
+        return str(self.sources[slot])
+
+    def path(self, slot: int) -> ItemPath:
+        """Return an item's path."""
+        return ROOT if self.paths is None else self.paths[slot]
+
+    def size_bytes(self) -> int:
+        """Return the bytes of the encoded payloads or items, 0 where there are none."""
+        if self.items is not None:
+            return sum(map(len, self.items))
+        return sum(len(payload) for _, payload in self.records) if self.records else 0
+
+
+@dataclass(slots=True)
+class SlotFailure:
+    """Why one item of a call failed.
+
+    Attributes:
+        slot: Its slot in the call's inputs.
+        stage: Name of the stage.
+        item: Id of the item that failed, which may descend from the input.
+        kind: Exception type, ``Failed`` or ``timeout``.
+        message: One line.
+        traceback: The user's part of the traceback.
+        retry: Whether to try the source again.
+        after_success: Whether the stage had worked for another source since its last
+            failure in this call.
+    """
+
+    slot: int
+    stage: str
+    item: str
+    kind: str
+    message: str
+    traceback: str = ""
+    retry: bool = True
+    after_success: bool = False
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What a call returns.
+
+    Attributes:
+        seconds: How long the call took in the worker.
+        counts: What each stage of the group did, in order.
+        failures: The slots that failed.
+        worked: Names of the stages that worked for a source after their last failure.
+        broken: Why the worker cannot go on; nothing else counts then.
+        frame: Chunk frame of everything that succeeded; only where one group is the pipeline.
+        completed: Number of sources in the frame.
+        rows: Encoded rows of every slot that succeeded; only for the last of several groups.
+        emitted: Items made from every slot, pickled; only where another group follows.
+        files: Files of ``ctx.output`` by slot: item path and name.
+    """
+
+    seconds: float = 0.0
+    counts: list[StageCount] = field(default_factory=list)
+    failures: list[SlotFailure] = field(default_factory=list)
+    worked: list[str] = field(default_factory=list)
+    broken: str | None = None
+    frame: bytes | None = None
+    completed: int = 0
+    rows: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
+    emitted: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
+    files: dict[int, list[tuple[ItemPath, str]]] = field(default_factory=dict)

@@ -1,0 +1,206 @@
+"""Workers as Ray actors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from hpcresume.engine.calls import Inputs
+from hpcresume.engine.groups import Group
+from hpcresume.engine.mark import Mark
+from hpcresume.engine.pool import (
+    Died,
+    EngineDiedError,
+    Event,
+    Finished,
+    Started,
+    StartFailed,
+    WorkerRef,
+)
+from hpcresume.engine.worker import AsyncStageWorker, StageWorker, WorkerSetup
+from hpcresume.errors import InternalError
+
+_OVERDUE_GRACE_S = 5.0
+_LAST_WORDS_BYTES = 4000
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+)
+
+
+@dataclass(slots=True)
+class _Actor:
+    handle: Any
+    mark: Mark
+    mark_path: str
+    deadline: float
+    started: bool = False
+    calls: dict[Any, int] = field(default_factory=dict)
+
+
+class RayPool:
+    """The workers of all groups, as actors of this process's head.
+
+    Args:
+        groups: The groups.
+        make_setup: Returns the set-up of a worker, given its group and its mark's path.
+        marks: Node-local directory for the workers' marks.
+        check: Called at every wait; raises when Ray itself is gone.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        *,
+        make_setup: Callable[[Group, int, str], WorkerSetup],
+        marks: str,
+        check: Callable[[], None],
+    ) -> None:
+        self._groups, self._make_setup, self._marks, self._check = groups, make_setup, marks, check
+        self._actors: dict[WorkerRef, _Actor] = {}
+        self._refs: dict[Any, WorkerRef] = {}
+        self._events: list[Event] = []
+
+    def start(self, worker: WorkerRef) -> None:
+        """Begin to start an actor."""
+        group = self._groups[worker.group]
+        path = os.path.join(self._marks, f"{worker.group}-{worker.index}-{worker.start}")
+        mark = Mark(path)
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": group.gpus, "max_restarts": 0}
+        if group.is_async:
+            options["max_concurrency"] = max(1000, group.concurrency * 2)
+        kind = AsyncStageWorker if group.is_async else StageWorker
+        remote = ray.remote(kind).options(**options)
+        handle = remote.remote(self._make_setup(group, worker.index, path))
+        actor = _Actor(handle, mark, path, time.monotonic() + group.setup_timeout_s)
+        self._actors[worker] = actor
+        self._refs[handle.start.remote()] = worker
+
+    def submit(self, worker: WorkerRef, call: int, inputs: Inputs, *, marked: bool) -> None:
+        """Hand an actor a call."""
+        actor = self._actors[worker]
+        ref = actor.handle.run.remote(inputs, marked)
+        actor.calls[ref] = call
+        self._refs[ref] = worker
+
+    def retire(self, worker: WorkerRef) -> None:
+        """Tear an actor's stages down in the background, then end it."""
+        actor = self._forget(worker)
+        if actor is not None:
+            actor.handle.stop.remote()
+            # Runs after stop(), since calls of one actor keep their order.
+            actor.handle.__ray_terminate__.remote()
+
+    def _forget(self, worker: WorkerRef) -> _Actor | None:
+        actor = self._actors.pop(worker, None)
+        self._refs = {ref: owner for ref, owner in self._refs.items() if owner != worker}
+        return actor
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """Return what has happened, waiting up to ``timeout_s`` for the first event."""
+        self._check()
+        self._kill_late()
+        if self._refs and not self._events:
+            refs = list(self._refs)
+            ready, rest = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+            if ready and rest:
+                more, _ = ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)
+                ready += more
+            for ref in ready:
+                if ref in self._refs:
+                    self._collect(ref)
+        events, self._events = self._events, []
+        return events
+
+    def _collect(self, ref: Any) -> None:
+        worker = self._refs[ref]
+        actor = self._actors[worker]
+        try:
+            value = ray.get(ref, timeout=60)
+        except _DEATHS as error:
+            self._bury(worker, reason=self._last_words(actor, error))
+            return
+        except ray.exceptions.RayTaskError as error:
+            raise InternalError(
+                f"a worker's call failed outside of the user's code: {error}. "
+                "This is a bug in hpcresume. Please report it with this text."
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise EngineDiedError(f"Ray failed: {error}") from error
+        del self._refs[ref]
+        if ref in actor.calls:
+            self._events.append(Finished(actor.calls.pop(ref), value))
+        elif value is None:
+            actor.started = True
+            self._events.append(Started(worker))
+        else:
+            self._forget(worker)
+            ray.kill(actor.handle)
+            self._events.append(StartFailed(worker, value))
+
+    def _bury(self, worker: WorkerRef, *, reason: str, overdue: bool = False) -> None:
+        actor = self._forget(worker)
+        assert actor is not None
+        if not actor.started:
+            self._events.append(StartFailed(worker, f"its process died during set-up: {reason}"))
+            return
+        self._salvage(actor)
+        self._events.append(
+            Died(worker, reason, actor.mark.source, actor.mark.stage, overdue=overdue)
+        )
+
+    def _salvage(self, actor: _Actor) -> None:
+        """Keep the results of calls that finished before their worker died."""
+        for ref, call in list(actor.calls.items()):
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._events.append(Finished(call, ray.get(ref, timeout=0)))
+
+    def _last_words(self, actor: _Actor, error: Exception) -> str:
+        with contextlib.suppress(OSError), open(actor.mark_path + ".fault", "rb") as file:
+            words = file.read(_LAST_WORDS_BYTES).decode("utf-8", "replace").strip()
+            if words:
+                return f"the worker process crashed: {words}"
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return f"the worker process ran out of memory: {error}"
+        return (
+            "the worker process ended without a word: os._exit() in a stage, or SIGKILL from "
+            "outside, as the kernel sends when memory runs out"
+        )
+
+    def _kill_late(self) -> None:
+        """Kill the workers whose set-up or whose item ran past its time."""
+        now = time.monotonic()
+        for worker, actor in list(self._actors.items()):
+            if not actor.started:
+                if now > actor.deadline:
+                    self._forget(worker)
+                    ray.kill(actor.handle)
+                    limit = self._groups[worker.group].setup_timeout_s
+                    reason = f"its set-up took longer than setup_timeout_s={limit:g}"
+                    self._events.append(StartFailed(worker, reason))
+            elif actor.mark.overdue_s() > _OVERDUE_GRACE_S:
+                reason = (
+                    f"it did not return {_OVERDUE_GRACE_S:g} s after its timeout_s, even to be "
+                    "interrupted; the worker was killed"
+                )
+                ray.kill(actor.handle)
+                self._bury(worker, reason=reason, overdue=True)
+
+    def close(self, timeout_s: float) -> None:
+        """Tear all stages down and end the actors, in order where they answer in time."""
+        stops = [actor.handle.stop.remote() for actor in self._actors.values() if actor.started]
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.wait(stops, num_returns=len(stops), timeout=timeout_s) if stops else None
+        for actor in self._actors.values():
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(actor.handle)
+        self._actors.clear()
+        self._refs.clear()

@@ -1,0 +1,114 @@
+"""The process that runs one group's stages: a Ray actor."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcresume.engine.calls import ChunkResult, Inputs
+from hpcresume.engine.chain import Chain, ChainPlace, run_now
+from hpcresume.engine.mark import Mark
+from hpcresume.errors import HpcResumeError
+from hpcresume.pipeline.context import Worker
+from hpcresume.pipeline.load import load_snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What a worker needs to know to start.
+
+    Attributes:
+        code: Directory of the code snapshot.
+        run_id: The run.
+        first: Position of the group's first stage in the pipeline.
+        count: Number of its stages.
+        index: Number of the worker within its group.
+        cpus: Cores it holds.
+        gpus: GPUs it holds.
+        scratch: Node-local directory of the attempt.
+        outputs: Node-local root for files of ``ctx.output``.
+        mark: Path of the worker's mark; next to it, ``.fault`` holds its last words.
+        deadline: Monotonic time by which the attempt must be done, None without a limit.
+    """
+
+    code: str
+    run_id: str
+    first: int
+    count: int
+    index: int
+    cpus: float
+    gpus: float
+    scratch: str
+    outputs: str
+    mark: str
+    deadline: float | None
+
+
+class StageWorker:
+    """Runs calls one after another."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._chain: Chain | None = None
+
+    def start(self) -> str | None:
+        """Load the pipeline and set its stages up; return why that fails, if it does."""
+        # Under some process trackers the user's signals for the job reach every process.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(self._setup.cpus)))
+        faulthandler.enable(open(self._setup.mark + ".fault", "w"), all_threads=False)  # noqa: SIM115  # lives as long as the process
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+        try:
+            self._chain = self._make_chain()
+            self._chain.setup()
+        except HpcResumeError as error:
+            return str(error)
+        return None
+
+    def _make_chain(self) -> Chain:
+        setup = self._setup
+        pipeline = load_snapshot(Path(setup.code)).pipeline
+        scratch = Path(setup.scratch)
+        name = f"worker-{setup.first}-{setup.index}-{os.getpid()}"
+        place = ChainPlace(
+            run_id=setup.run_id,
+            scratch=scratch,
+            outputs=Path(setup.outputs),
+            worker=Worker(
+                index=setup.index, cpus=setup.cpus, gpus=setup.gpus, scratch=scratch / name
+            ),
+            seconds_left=self._seconds_left,
+            mark=Mark(setup.mark),
+        )
+        stages = pipeline.stages[setup.first : setup.first + setup.count]
+        return Chain(pipeline, first=setup.first, stages=stages, place=place)
+
+    def _seconds_left(self) -> float | None:
+        deadline = self._setup.deadline
+        return None if deadline is None else deadline - time.monotonic()
+
+    def run(self, inputs: Inputs, marked: bool) -> ChunkResult:  # noqa: FBT001  # a Ray call
+        """Run a call."""
+        assert self._chain is not None
+        return run_now(self._chain.run(inputs, marked=marked))
+
+    def stop(self) -> None:
+        """Tear the stages down."""
+        if self._chain is not None:
+            self._chain.teardown()
+
+
+class AsyncStageWorker(StageWorker):
+    """Runs calls side by side on an event loop."""
+
+    async def run(self, inputs: Inputs, marked: bool) -> Any:  # type: ignore[override]  # noqa: FBT001
+        """Run a call."""
+        assert self._chain is not None
+        return await self._chain.run(inputs, marked=marked)

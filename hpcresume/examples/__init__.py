@@ -1,0 +1,1 @@
+"""Pipelines to run as they are, and to copy from."""

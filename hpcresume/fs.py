@@ -1,0 +1,401 @@
+"""The file-system seam, and how a file gets into the run directory.
+
+Contract of :func:`publish`: when it returns a :class:`Receipt`, any node can read the file
+whole after this process, this node or the file server restarts.  Published files are
+write-once: a name never changes content, and nothing is appended or overwritten.
+
+Order of events, and what a kill between two of them leaves behind:
+
+  1. create a random temporary name in the same directory  -> garbage
+  2. write everything                                      -> garbage
+  3. fsync the file, which is where a quota is reported    -> garbage
+  4. close it, which is where NFS reports write errors     -> garbage
+  5. rename to the final name, or link where the name must be new -> a whole file or none
+  6. fsync the directory                                   -> a whole file without a receipt
+  7. read it back by name and compare the digest           -> a whole file without a receipt
+  8. return the receipt
+
+The read-back is not decoration: a file server that restarts between 5 and 6 loses the name,
+and only reading the file by that name tells.  An error in 5 may come after the effect (a
+lost reply), so the final name is looked at before the error counts.
+
+Not promised: that a file without a receipt is absent.  Readers take the union of what they
+find and verify, so publishing twice is harmless and a late writer can only add.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from hpcresume.errors import CorruptDataError, SharedStorageError
+from hpcresume.failpoints import failpoint
+
+READ_BYTES = 1 << 20
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class WriteHandle(Protocol):
+    """A file being written once."""
+
+    def write(self, data: bytes) -> None:
+        """Append all of ``data``."""
+
+    def sync(self) -> None:
+        """Make what was written durable; a full disk or quota may be reported here."""
+
+    def close(self) -> None:
+        """Close the file; a network file system may report write errors here."""
+
+
+class FileSystem(Protocol):
+    """The calls that everything durable goes through; every method may raise OSError."""
+
+    def create(self, path: str) -> WriteHandle:
+        """Create a file that must not exist, readable by its owner only."""
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
+
+    def size(self, path: str) -> int:
+        """Return the size of a file in bytes."""
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file, replacing ``target``."""
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name that must not exist."""
+
+    def unlink(self, path: str) -> None:
+        """Remove a name."""
+
+    def mkdir(self, path: str) -> None:
+        """Create a directory that must not exist, usable by its owner only."""
+
+    def listdir(self, path: str) -> list[str]:
+        """Return the names in a directory, unsorted, possibly out of date."""
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a name exists."""
+
+    def sync_directory(self, path: str) -> None:
+        """Make a directory's names durable."""
+
+    def drop_cache(self, path: str) -> None:
+        """Ask that the next read comes from storage; a hint, never an error."""
+
+
+class Clock(Protocol):
+    """Time that durations are measured with."""
+
+    def monotonic(self) -> float:
+        """Return seconds that never go back."""
+
+
+class SystemClock:
+    """The machine's own clock."""
+
+    def monotonic(self) -> float:
+        """Return seconds that never go back."""
+        return time.monotonic()
+
+
+class _PosixHandle:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class PosixFileSystem:
+    """The file system of this machine."""
+
+    def create(self, path: str) -> WriteHandle:
+        """Create a file that must not exist, mode 0600."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        return _PosixHandle(os.open(path, flags, 0o600))
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            if length is None:
+                return file.read()
+            pieces = []
+            while length > 0 and (piece := file.read(length)):
+                pieces.append(piece)
+                length -= len(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def size(self, path: str) -> int:
+        """Return the size of a file in bytes."""
+        return os.stat(path).st_size
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file, replacing ``target``."""
+        os.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name that must not exist."""
+        os.link(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove a name."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Create a directory that must not exist, mode 0700."""
+        os.mkdir(path, 0o700)
+
+    def listdir(self, path: str) -> list[str]:
+        """Return the names in a directory."""
+        return os.listdir(path)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a name exists."""
+        return os.path.exists(path)
+
+    def sync_directory(self, path: str) -> None:
+        """Make a directory's names durable, where the file system can."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network and FUSE file systems cannot sync a directory; the read-back decides.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
+                raise
+        finally:
+            os.close(fd)
+
+    def drop_cache(self, path: str) -> None:
+        """Ask that the next read comes from storage."""
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+POSIX = PosixFileSystem()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proof that a file is published.
+
+    Attributes:
+        path: Its final name.
+        size_bytes: Its length.
+        digest: SHA-256 of its content.
+    """
+
+    path: str
+    size_bytes: int
+    digest: bytes
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, path: str) -> Iterator[None]:
+    """Turn an OSError of the run directory's file system into a SharedStorageError.
+
+    Args:
+        what: What was tried, as a verb, for example ``read``.
+        path: What it was tried on.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SharedStorageError(
+            f"cannot {what} {path}: {error.strerror or error}. "
+            "The file system that holds the run directory refused it; local data is intact. "
+            "Check space, quota and mount, then run the same command again.",
+            path=path,
+            errno=error.errno,
+        ) from error
+
+
+def ensure_directory(fs: FileSystem, path: str) -> None:
+    """Create a directory and its parents where they are missing, durably.
+
+    A published file is only as durable as the names of the directories above it.
+
+    Raises:
+        SharedStorageError: The file system refused.
+    """
+    with storage_errors("look for", path):
+        if not path or fs.exists(path):
+            return
+    parent = os.path.dirname(path)
+    ensure_directory(fs, parent)
+    with storage_errors("create", path):
+        with contextlib.suppress(FileExistsError):
+            fs.mkdir(path)
+        fs.sync_directory(parent or ".")
+
+
+def publish(
+    fs: FileSystem, path: str, parts: Iterable[bytes], *, label: str, exclusive: bool = False
+) -> Receipt:
+    """Publish a file and return the proof; see the module's contract.
+
+    Args:
+        fs: File system that holds ``path``.
+        path: Final name.  Its directory exists.
+        parts: The content, in pieces.
+        label: Prefix of the failpoints, for example ``segment``.
+        exclusive: The name must be new.  Otherwise the caller guarantees that the name
+            stands for this content alone (it holds the digest, or a nonce).
+
+    Raises:
+        FileExistsError: ``exclusive``, and the name holds something else.
+        SharedStorageError: The file system refused or lost the file; try again later with
+            a new call.  The same temporary file is never synced twice, since after a failed
+            fsync the kernel may have dropped the data.
+    """
+    directory = os.path.dirname(path)
+    temporary = os.path.join(directory, f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    try:
+        digest, size = _write_temporary(fs, temporary, path, parts, label=label)
+        _give_name(fs, temporary, path, digest, exclusive=exclusive)
+        with storage_errors("sync the directory of", path):
+            failpoint(f"{label}.after_rename")
+            fs.sync_directory(directory)
+            failpoint(f"{label}.after_directory_sync")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.unlink(temporary)
+        raise
+    fs.drop_cache(path)
+    with storage_errors("read back", path):
+        found = digest_of(fs, path)
+        failpoint(f"{label}.after_read_back")
+    if found != digest:
+        raise SharedStorageError(
+            f"{path} reads back differently from what was written. "
+            "The file system lost or changed it; local data is intact and is published again.",
+            path=path,
+        )
+    return Receipt(path, size, digest)
+
+
+def _write_temporary(
+    fs: FileSystem, temporary: str, path: str, parts: Iterable[bytes], *, label: str
+) -> tuple[bytes, int]:
+    with storage_errors("write", path):
+        handle = fs.create(temporary)
+        failpoint(f"{label}.after_create")
+    digest, size = hashlib.sha256(), 0
+    try:
+        # An error of whoever makes the parts is not the file system's, and passes as it is.
+        for part in parts:
+            with storage_errors("write", path):
+                handle.write(part)
+            digest.update(part)
+            size += len(part)
+        with storage_errors("write", path):
+            failpoint(f"{label}.after_write")
+            handle.sync()
+            failpoint(f"{label}.after_sync")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            handle.close()
+        raise
+    with storage_errors("write", path):
+        handle.close()
+        failpoint(f"{label}.after_close")
+    return digest.digest(), size
+
+
+def _give_name(
+    fs: FileSystem, temporary: str, path: str, digest: bytes, *, exclusive: bool
+) -> None:
+    try:
+        if exclusive:
+            _link_or_create(fs, temporary, path)
+        else:
+            fs.rename(temporary, path)
+    except OSError as error:
+        # The reply may have been lost after the effect: the name itself tells.
+        with contextlib.suppress(OSError):
+            if digest_of(fs, path) == digest:
+                with contextlib.suppress(OSError):
+                    fs.unlink(temporary)
+                return
+        if exclusive and isinstance(error, FileExistsError):
+            raise
+        with storage_errors("name", path):
+            raise
+
+
+def _link_or_create(fs: FileSystem, temporary: str, path: str) -> None:
+    try:
+        fs.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here.  An exclusive create is as exclusive; a kill midway leaves a
+        # torn file, which every reader detects by its digest.
+        _copy_exclusively(fs, temporary, path)
+    fs.unlink(temporary)
+
+
+def _copy_exclusively(fs: FileSystem, source: str, target: str) -> None:
+    handle = fs.create(target)
+    try:
+        try:
+            handle.write(fs.read(source))
+            handle.sync()
+        finally:
+            handle.close()
+    except BaseException:
+        # The name was created here, and half a file under it would block it for good.
+        with contextlib.suppress(OSError):
+            fs.unlink(target)
+        raise
+
+
+def digest_of(fs: FileSystem, path: str) -> bytes:
+    """Return the SHA-256 of a file's content, read in pieces."""
+    digest, offset = hashlib.sha256(), 0
+    while piece := fs.read(path, offset, READ_BYTES):
+        digest.update(piece)
+        offset += len(piece)
+    return digest.digest()
+
+
+def list_names(fs: FileSystem, path: str) -> list[str]:
+    """Return the published names in a directory, sorted; none where it does not exist."""
+    try:
+        names = fs.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def read_exact(fs: FileSystem, path: str, offset: int, length: int) -> bytes:
+    """Return exactly ``length`` bytes.
+
+    Raises:
+        CorruptDataError: The file is shorter.
+    """
+    data = fs.read(path, offset, length)
+    if len(data) != length:
+        raise CorruptDataError(
+            f"{path} ends at byte {offset + len(data)}, {length - len(data)} bytes too early. "
+            "It is set aside and its sources are computed again.",
+            path=path,
+        )
+    return data

@@ -1,0 +1,361 @@
+"""From a pipeline's file to a run directory with manifest and code: what `submit` does first.
+
+Submitting again continues: changed code is taken and recorded, a grown source list adds a
+part to the manifest, everything else that would make old and new results differ is refused
+by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.errors import ChangedRunError, HpcResumeError, RunDirError, SharedStorageError
+from hpcresume.fs import POSIX
+from hpcresume.ids import new_run_id
+from hpcresume.pipeline.load import (
+    SNAPSHOT_FILE,
+    LoadedPipeline,
+    load_pipeline,
+    load_snapshot,
+    parse_target,
+    write_snapshot,
+)
+from hpcresume.pipeline.params import parameter_digest
+from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.pipeline.sources import Indexed, encode_payload
+from hpcresume.run.directory import (
+    FORMAT_VERSION,
+    RunDir,
+    RunInfo,
+    check_owner,
+    fingerprint_changes,
+    probe_writable,
+)
+from hpcresume.run.manifest import (
+    Listing,
+    Manifest,
+    id_digest,
+    refuse_duplicates,
+    remove_part,
+    write_indexed_part,
+    write_part,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for a round.
+
+    Attributes:
+        run: The run directory.
+        loaded: The pipeline, loaded in this process.
+        manifest: Its sources.
+        code: Number of the code snapshot to run.
+        added: Sources that this call added.
+        notes: What changed since the last submission, for people.
+    """
+
+    run: RunDir
+    loaded: LoadedPipeline
+    manifest: Manifest
+    code: int
+    added: int
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(
+    target: str,
+    params: Mapping[str, Any],
+    *,
+    run_dir: Path | None,
+    cwd: Path,
+    accept_changes: bool = False,
+) -> Prepared:
+    """Create a run, or open it and take what has changed.
+
+    Args:
+        target: ``file.py``, ``file.py:attr``, ``module:attr``, or a run directory.
+        params: The pipeline's parameters.
+        run_dir: The run directory; None: ``runs/<name>-<parameter digest>`` below ``cwd``.
+        cwd: The user's working directory.
+        accept_changes: Take changes that would otherwise be refused.
+
+    Raises:
+        PipelineError, NotResumableError, SourcesError: The pipeline cannot run as it is.
+        ChangedRunError: The run was made with something else.
+        RunDirError: The directory cannot be used.
+    """
+    path = cwd / target
+    if path.is_dir() and (path / "run.json").exists():
+        return _continue(path)
+    loaded = load_pipeline(parse_target(target, cwd), params)
+    loaded.pipeline.check_resumable()
+    if run_dir is None:
+        run_dir = cwd / "runs" / f"{loaded.pipeline.name}-{parameter_digest(loaded.params)}"
+    run_dir = (cwd / run_dir).absolute()
+    if (run_dir / "run.json").exists():
+        return _resubmit(run_dir, loaded, accept_changes=accept_changes)
+    return _create(run_dir, loaded, target)
+
+
+def _continue(path: Path) -> Prepared:
+    run = _open(path)
+    numbers = run.code_numbers()
+    if not numbers:
+        raise RunDirError(
+            f"{path} holds no code: its first submission did not get that far. "
+            "Submit the pipeline's file again with --run-dir.",
+            path=str(path),
+        )
+    loaded = load_snapshot(Path(run.code_path(numbers[-1])))
+    return Prepared(run, loaded, Manifest.open(run), numbers[-1], 0)
+
+
+def _open(path: Path) -> RunDir:
+    check_owner(path)
+    run = RunDir.open(str(path.absolute()))
+    probe_writable(run.path)
+    return run
+
+
+def fingerprint(pipeline: Pipeline, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must not change silently between two submissions."""
+    described: dict[str, Any] = msgspec.to_builtins({**pipeline.describe(), "params": dict(params)})
+    return described
+
+
+def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
+    info = RunInfo(
+        format=FORMAT_VERSION,
+        run_id=new_run_id(),
+        name=loaded.pipeline.name,
+        target=target,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=_version(),
+        fingerprint=fingerprint(loaded.pipeline, loaded.params),
+    )
+    existed = path.exists()
+    if existed and any(path.iterdir()) and not (path / "CACHEDIR.TAG").exists():
+        raise RunDirError(
+            f"{path} exists and is not a run directory. Nothing is written into it. "
+            "Give another one with --run-dir.",
+            path=str(path),
+        )
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot create the run directory {path}: {error.strerror}. "
+            "Every result is written there. Give one that you may write with --run-dir.",
+            path=str(path),
+        ) from error
+    check_owner(path)
+    probe_writable(str(path))
+    run = RunDir.create(str(path), info)
+    try:
+        return _fill(run, loaded)
+    except HpcResumeError:
+        # Nothing has run: a corrected pipeline starts from a clean directory.
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _fill(run: RunDir, loaded: LoadedPipeline) -> Prepared:
+    code = _take_code(run, loaded, [])
+    _list_first(run, loaded.pipeline)
+    manifest = Manifest.open(run)
+    return Prepared(run, loaded, manifest, code, manifest.total)
+
+
+def _version() -> str:
+    try:
+        return version("hpcresume")
+    except PackageNotFoundError:
+        return "0+checkout"
+
+
+def _resubmit(path: Path, loaded: LoadedPipeline, *, accept_changes: bool) -> Prepared:
+    run, notes = _open(path), list[str]()
+    if not run.code_numbers():
+        return _fill(run, loaded)
+    changes = _refused_changes(run, loaded)
+    if changes and not accept_changes:
+        listed = "\n  ".join(changes)
+        raise ChangedRunError(
+            f"{path} was made with other settings:\n  {listed}\n"
+            "Results of both would be mixed. Submit with the old ones, or to another "
+            "--run-dir, or take the new ones with --accept-changes.",
+            changes=changes,
+        )
+    notes += [f"accepted: {change}" for change in changes]
+    manifest = Manifest.open(run)
+    added = _list_again(run, manifest, loaded.pipeline, accept_changes=accept_changes)
+    code = _take_code(run, loaded, notes)
+    return Prepared(run, loaded, Manifest.open(run), code, added, notes)
+
+
+def _refused_changes(run: RunDir, loaded: LoadedPipeline) -> list[str]:
+    old, new = dict(run.info.fingerprint), fingerprint(loaded.pipeline, loaded.params)
+    for current in (old, new):
+        # How much may fail, and what is done at the end, change no result.
+        for key in ("tolerate", "finish"):
+            current.pop(key, None)
+    described = old.get("sources", {})
+    if new.get("sources") != described and loaded.pipeline.sources.grew_from(described):
+        new["sources"] = described
+    return fingerprint_changes(old, new)
+
+
+def _take_code(run: RunDir, loaded: LoadedPipeline, notes: list[str]) -> int:
+    """Return the number of the snapshot that holds the pipeline's files as they are now."""
+    numbers = run.code_numbers()
+    temporary = Path(run.join("code", f".tmp-{secrets.token_hex(8)}"))
+    try:
+        temporary.mkdir(mode=0o700)
+        digests = write_snapshot(loaded, temporary)
+        if numbers:
+            old = _digests(Path(run.code_path(numbers[-1])))
+            changed = sorted(name for name in old | digests if old.get(name) != digests.get(name))
+            if not changed and _record(temporary) == _record(Path(run.code_path(numbers[-1]))):
+                return numbers[-1]
+            notes.append(f"new code: {', '.join(changed) or 'parameters'}")
+        number = numbers[-1] + 1 if numbers else 1
+        os.rename(temporary, run.code_path(number))
+        POSIX.sync_directory(run.join("code"))
+    except OSError as error:
+        raise SharedStorageError(
+            f"cannot copy the pipeline's files into {run.path}: {error.strerror or error}. "
+            "Array tasks load the copy. Check space and quota, then submit again.",
+            path=run.path,
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return number
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode((directory / SNAPSHOT_FILE).read_bytes(), type=dict[str, Any])
+    return {}
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    found = _record(directory).get("files", {})
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _encoded(pipeline: Pipeline) -> Iterator[tuple[str, bytes, float]]:
+    for source in pipeline.sources:
+        payload = encode_payload(source.payload, source_id=source.id)
+        yield source.id, payload, float(source.weight)
+
+
+def _list_first(run: RunDir, pipeline: Pipeline) -> None:
+    numbers = run.part_numbers()
+    if numbers:
+        return
+    sources = pipeline.sources
+    if isinstance(sources, Indexed):
+        write_indexed_part(run, 1, first=0, count=len(sources))
+        return
+    write_part(run, 1, first=0, listing=Listing(_encoded(pipeline)))
+    try:
+        refuse_duplicates(Manifest.open(run))
+    except HpcResumeError:
+        remove_part(run.fs, run, 1)
+        raise
+
+
+def _list_again(
+    run: RunDir, manifest: Manifest, pipeline: Pipeline, *, accept_changes: bool
+) -> int:
+    """Take a changed listing into the manifest; return how many sources it added."""
+    number = run.part_numbers()[-1] + 1
+    sources = pipeline.sources
+    if isinstance(sources, Indexed):
+        return _reindex(run, manifest, len(sources), number, accept_changes=accept_changes)
+    known = _Known(manifest)
+    fresh = [source for source in _encoded(pipeline) if not known.holds(source)]
+    gone = known.missing()
+    if gone and not accept_changes:
+        example = manifest.entry(gone[0]).source_id
+        raise ChangedRunError(
+            f"{len(gone)} sources of the run are gone from the listing or have changed, "
+            f"for example {example!r}. Their results would stay. "
+            "Restore them, submit to another --run-dir, or drop them with --accept-changes.",
+            count=len(gone),
+        )
+    if not fresh and not gone:
+        return 0
+    write_part(run, number, first=manifest.total, listing=Listing(fresh), withdrawn=gone)
+    try:
+        refuse_duplicates(Manifest.open(run))
+    except HpcResumeError:
+        remove_part(run.fs, run, number)
+        raise
+    return len(fresh)
+
+
+class _Known:
+    """The sources that a manifest holds, and which of them a new listing still has."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._withdrawn = manifest.withdrawn()
+        self._seen = BitMap()
+        self._by_digest: dict[int, int] = {}
+        for part in manifest.parts:
+            for offset, digest in enumerate(part.digests()):
+                index = part.footer.first + offset
+                if index not in self._withdrawn:
+                    self._by_digest[digest] = index
+
+    def holds(self, source: tuple[str, bytes, float]) -> bool:
+        """Tell whether the manifest holds a source as it is."""
+        source_id, payload, _ = source
+        index = self._by_digest.get(id_digest(source_id))
+        if index is None or index in self._seen:
+            return False
+        entry = self._manifest.entry(index)
+        if entry.source_id != source_id or entry.payload != payload:
+            return False
+        self._seen.add(index)
+        return True
+
+    def missing(self) -> BitMap:
+        """Return the sources that the listing did not hold as they are."""
+        return BitMap(range(self._manifest.total)) - self._seen - self._withdrawn
+
+
+def _reindex(
+    run: RunDir, manifest: Manifest, count: int, number: int, *, accept_changes: bool
+) -> int:
+    if count == manifest.total:
+        return 0
+    if count > manifest.total:
+        added = count - manifest.total
+        write_indexed_part(run, number, first=manifest.total, count=added)
+        return added
+    if not accept_changes:
+        raise ChangedRunError(
+            f"the run has {manifest.total} sources, now there are {count}. "
+            "Results of the others would stay. Submit to another --run-dir, or drop them "
+            "with --accept-changes.",
+            count=count,
+        )
+    gone = BitMap()
+    gone.add_range(count, manifest.total)
+    write_indexed_part(run, number, first=manifest.total, count=0, withdrawn=gone)
+    return 0

@@ -1,0 +1,244 @@
+"""Rounds: union, remainder, the decision to go on, and the plan of the next round."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.config.settings import Settings
+from hpcresume.errors import InternalError
+from hpcresume.fs import POSIX
+from hpcresume.ids import RoundIndex
+from hpcresume.merge.generation import Union, load_newest, read_union, write_generation
+from hpcresume.merge.plan import (
+    Launch,
+    Plan,
+    PlanFooter,
+    deal,
+    make_shards,
+    open_plan,
+    write_plan,
+)
+from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.run.directory import Outcome, RunDir
+from hpcresume.run.manifest import Manifest
+from hpcresume.segment import bitmap as bitmaps
+
+_TRIES = 5
+_BROKEN_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands after a union.
+
+    Attributes:
+        union: What is done.
+        remainder: What is left.
+        total: Number of sources, without withdrawn ones.
+    """
+
+    union: Union
+    remainder: BitMap
+    total: int
+
+    @property
+    def stopped(self) -> str:
+        """Why the run does not go on by itself, empty while it does."""
+        return self.union.stopped
+
+
+def stand(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
+    """Return how a run stands, without writing anything."""
+    union = read_union(run, max_attempts=settings.run.max_attempts)
+    owed = bitmaps.span(0, manifest.total) - manifest.withdrawn()
+    return Standing(union, owed - union.settled(), len(owed))
+
+
+def settle(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
+    """Unite what has been published into a new generation, where there is anything new.
+
+    Raises:
+        SharedStorageError: The file system refused.
+    """
+    for _ in range(_TRIES):
+        standing = stand(run, manifest, settings)
+        union = standing.union
+        stopped, finished = union.stopped, union.finished
+        union.finished = finished and not standing.remainder
+        if standing.remainder and not union.stopped:
+            union.stopped = why_stopped(run, standing, settings)
+        if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
+            return standing
+        with contextlib.suppress(FileExistsError):
+            write_generation(run, union)
+            return standing
+    raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
+
+
+def mark_finished(run: RunDir, standing: Standing) -> None:
+    """Record that nothing is left to do."""
+    union = standing.union
+    if union.finished:
+        return
+    union.finished = True
+    # Another merge that came first has said the same.
+    with contextlib.suppress(FileExistsError):
+        write_generation(run, union)
+
+
+def reopen(run: RunDir, *, quarantined: bool) -> None:
+    """Take back why a run stopped, and the quarantined sources if asked; `submit` by hand."""
+    for _ in range(_TRIES):
+        union = load_newest(run)
+        given_up = union.quarantined() if quarantined else BitMap()
+        if not union.stopped and not given_up:
+            return
+        union.stopped, union.finished = "", union.finished and not given_up
+        for source in given_up:
+            del union.failures[source]
+        with contextlib.suppress(FileExistsError):
+            write_generation(run, union)
+            return
+
+
+def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
+    """Return why a run must not go on by itself, empty where it may."""
+    rounds = run.rounds()
+    if not rounds:
+        return ""
+    if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:
+        return f"max_rounds={settings.run.max_rounds} rounds are done and sources are left"
+    plans = [open_plan(run, round_).footer.sources for round_ in rounds]
+    counts = [*plans, len(standing.remainder)]
+    fruitless = 0
+    while fruitless < len(rounds) and counts[-1 - fruitless] >= counts[-2 - fruitless]:
+        fruitless += 1
+    broken = _broken(run, rounds[-_BROKEN_ROUNDS:])
+    if broken and len(rounds) >= _BROKEN_ROUNDS:
+        return broken
+    if fruitless >= settings.run.max_no_progress_rounds:
+        last = broken or _last_reason(run, rounds[-1])
+        return f"{fruitless} rounds in a row completed nothing{f': {last}' if last else ''}"
+    return ""
+
+
+def _outcomes(run: RunDir, round_: int) -> list[Outcome]:
+    """Return how each array task of a round ended last."""
+    found = []
+    for task in run.tasks(round_):
+        attempts = run.attempts(round_, task)
+        outcome = run.outcome(attempts[-1]) if attempts else None
+        if outcome is not None:
+            found.append(outcome)
+    return found
+
+
+def _broken(run: RunDir, rounds: list[RoundIndex]) -> str:
+    """Return the reason if every one of these rounds had a task that found a stage broken."""
+    reason = ""
+    for round_ in rounds:
+        broken = [
+            outcome for outcome in _outcomes(run, round_) if outcome.kind.startswith("stage-")
+        ]
+        if not broken:
+            return ""
+        reason = broken[0].reason
+    return reason
+
+
+def _last_reason(run: RunDir, round_: int) -> str:
+    reasons = [outcome.reason for outcome in _outcomes(run, round_) if outcome.state != "done"]
+    return reasons[0] if reasons else ""
+
+
+def plan_round(
+    run: RunDir,
+    manifest: Manifest,
+    standing: Standing,
+    *,
+    settings: Settings,
+    code: int,
+    launch: Launch,
+) -> RoundIndex:
+    """Deal the remainder over a new round's array tasks and publish its plan.
+
+    Raises:
+        FileExistsError: Another process planned this round.
+    """
+    rounds = run.rounds()
+    number = RoundIndex(rounds[-1] + 1 if rounds else 0)
+    weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
+    dealt = deal(standing.remainder, launch.array, weight_of)
+    shards = make_shards(dealt, standing.union.attempts(), standing.union.open_suspects())
+    footer = PlanFooter(
+        run_id=run.run_id,
+        round=number,
+        generation=standing.union.number,
+        code=code,
+        sources=len(standing.remainder),
+        tasks=len(shards),
+        settings=msgspec.to_builtins(settings),
+        launch=launch,
+    )
+    write_plan(run, footer, shards)
+    return number
+
+
+def newest_plan(run: RunDir) -> Plan | None:
+    """Return the newest round's plan, None before the first."""
+    rounds = run.rounds()
+    return open_plan(run, rounds[-1]) if rounds else None
+
+
+def plan_settings(plan: Plan) -> Settings:
+    """Return the settings that a plan was made with."""
+    return msgspec.convert(plan.footer.settings, Settings)
+
+
+def run_finish(run: RunDir, pipeline: Pipeline) -> None:
+    """Run ``Pipeline(finish=...)`` over the finished run's rows, once, published by rename.
+
+    A kill in the middle leaves a temporary directory, and the next merge runs it again.
+    """
+    target = run.join("finish")
+    if pipeline.finish is None or os.path.exists(target):
+        return
+    from hpcresume.results.run import Run
+
+    temporary = run.join(f".tmp-finish-{secrets.token_hex(8)}")
+    os.mkdir(temporary, 0o700)
+    try:
+        rows: Any = Run(run.path).rows()
+        pipeline.finish(rows, _as_path(temporary))
+        for directory, _, files in os.walk(temporary):
+            for name in files:
+                _sync_file(os.path.join(directory, name))
+            POSIX.sync_directory(directory)
+        # Another merge that came first has published the same.
+        with contextlib.suppress(FileExistsError):
+            os.rename(temporary, target)
+        POSIX.sync_directory(run.path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_path(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text)
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

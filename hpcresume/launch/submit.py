@@ -1,0 +1,221 @@
+"""`submit` as a function: prepare a run, decide how it is launched, start it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcresume import slurm
+from hpcresume.config import Resolved, load_settings
+from hpcresume.engine.groups import make_groups
+from hpcresume.errors import HpcResumeError, SlurmMissingError, UsageError
+from hpcresume.launch.drive import LocalRun, Step, finish_run
+from hpcresume.launch.local import TaskProgress
+from hpcresume.launch.prepare import Prepared, prepare
+from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
+from hpcresume.launch.slurm_round import active_jobs, check_submittable, submit_round
+from hpcresume.merge.plan import Launch, Plan, open_plan
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What the user asked for.
+
+    Attributes:
+        target: The pipeline or a run directory.
+        params: The pipeline's parameters.
+        flags: Settings from the command line by section and key; None: not given.
+        run_dir: The run directory, None: derived from name and parameters.
+        cluster: ``auto``, ``local`` or ``slurm``.
+        site: Name of the site, None: found.
+        array: Most array tasks, None: as the last time, or 1.
+        throttle: Most array tasks at once, 0: all.
+        accept_changes: Take changes that would be refused.
+        retry_quarantined: Try quarantined sources again.
+        cwd: The user's working directory.
+    """
+
+    target: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run_dir: Path | None = None
+    cluster: str = "auto"
+    site: str | None = None
+    array: int | None = None
+    throttle: int = 0
+    accept_changes: bool = False
+    retry_quarantined: bool = False
+    cwd: Path = field(default_factory=Path.cwd)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A prepared run with everything that launching it needs."""
+
+    prepared: Prepared
+    resolved: Resolved
+    launch: Launch
+
+
+def make_ready(submission: Submission) -> Ready:
+    """Prepare a run and resolve its settings; nothing is started.
+
+    Raises:
+        HpcResumeError: As :func:`~hpcresume.launch.prepare.prepare` and
+            :func:`~hpcresume.config.load_settings`.
+    """
+    cluster = choose_cluster(submission.cluster)
+    resolved = resolve(submission, cluster)
+    prepared = prepare(
+        submission.target,
+        submission.params,
+        run_dir=submission.run_dir,
+        cwd=submission.cwd,
+        accept_changes=submission.accept_changes,
+    )
+    last = newest_plan(prepared.run)
+    array = submission.array or (last.footer.launch.array if last else 1)
+    launch = Launch(
+        cluster=cluster,
+        array=array,
+        throttle=submission.throttle,
+        site=resolved.site_name,
+        cwd=str(submission.cwd.absolute()),
+    )
+    return Ready(prepared, with_stage_needs(resolved, prepared, cluster), launch)
+
+
+def choose_cluster(cluster: str) -> str:
+    """Return ``local`` or ``slurm``.
+
+    Raises:
+        SlurmMissingError: Slurm was asked for and is not here.
+    """
+    available = slurm.available()
+    if cluster == "slurm" and not available:
+        raise SlurmMissingError(
+            "no sbatch on PATH, but --cluster slurm was given. Nothing was submitted. "
+            "Log in to a cluster, load its Slurm module, or run here with --cluster local."
+        )
+    if cluster == "auto":
+        return "slurm" if available else "local"
+    return cluster
+
+
+def resolve(submission: Submission, cluster: str) -> Resolved:
+    """Return the settings for a submission."""
+    start = Path(submission.target.rpartition(":")[0] or submission.target)
+    start = (submission.cwd / start).parent if start.suffix == ".py" else submission.cwd
+    name = ""
+    if cluster == "slurm" and submission.site is None:
+        try:
+            name = slurm.config().get("ClusterName", "")
+        except HpcResumeError:
+            name = ""
+    return load_settings(
+        site=submission.site,
+        start_dir=start,
+        environ=os.environ,
+        flags=submission.flags,
+        cluster_name=name,
+    )
+
+
+def with_stage_needs(resolved: Resolved, prepared: Prepared, cluster: str) -> Resolved:
+    """Fill in what the stages need where the user asked for nothing."""
+    import dataclasses
+
+    import msgspec
+
+    request = resolved.settings.request
+    groups = make_groups(prepared.loaded.pipeline.stages, cpus=1)
+    cpus = max(1, math.ceil(sum(group.cpus * group.workers for group in groups)))
+    gpus = math.ceil(sum(group.gpus * group.workers for group in groups))
+    changed: dict[str, int] = {}
+    if not request.cpus_per_task and cluster == "slurm":
+        changed["cpus_per_task"] = cpus
+    if not request.gpus_per_task and gpus:
+        changed["gpus_per_task"] = gpus
+    if not changed:
+        return resolved
+    request = msgspec.structs.replace(request, **changed)
+    settings = msgspec.structs.replace(resolved.settings, request=request)
+    origins = {**resolved.origins, **{f"request.{key}": "the stages" for key in changed}}
+    return dataclasses.replace(resolved, settings=settings, origins=origins)
+
+
+def reopen_run(ready: Ready, *, retry_quarantined: bool) -> None:
+    """Take back stop marks and stops: submitting by hand means go on."""
+    run = ready.prepared.run
+    run.set_mark("resume")
+    reopen(run, quarantined=retry_quarantined)
+
+
+def run_local(
+    ready: Ready,
+    *,
+    on_round: Callable[[Plan], None],
+    on_progress: Callable[[dict[int, TaskProgress]], None],
+) -> Step:
+    """Run in the foreground of this machine."""
+    return LocalRun(
+        run=ready.prepared.run,
+        manifest=ready.prepared.manifest,
+        pipeline=ready.prepared.loaded.pipeline,
+        resolved=ready.resolved,
+        launch=ready.launch,
+        on_round=on_round,
+        on_progress=on_progress,
+    ).execute()
+
+
+def submit_to_slurm(ready: Ready) -> Step:
+    """Submit the remainder as a round of job arrays; the merge job does the rest.
+
+    Raises:
+        SlurmUnreachableError, SlurmRefusedError: Nothing is lost; submit again.
+    """
+    run, manifest = ready.prepared.run, ready.prepared.manifest
+    settings = ready.resolved.settings
+    standing = settle(run, manifest, settings)
+    if not standing.remainder:
+        finish_run(run, standing, ready.prepared.loaded.pipeline)
+        return Step("finished", standing)
+    check_submittable(run, ready.resolved, min(ready.launch.array, len(standing.remainder)))
+    last = newest_plan(run)
+    if last is not None:
+        if active_jobs(run, last.footer.round):
+            job = submit_round(run, last, ready.resolved)
+            return Step("running", standing, last.footer.round, job)
+    round_ = plan_round(
+        run,
+        manifest,
+        standing,
+        settings=settings,
+        code=ready.prepared.code,
+        launch=ready.launch,
+    )
+    job = submit_round(run, open_plan(run, round_), ready.resolved)
+    return Step("submitted", standing, round_, job)
+
+
+def parse_array(text: str) -> tuple[int, int]:
+    """Return the tasks and the throttle of ``N`` or ``N%M``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    tasks, _, throttle = text.partition("%")
+    try:
+        numbers = int(tasks), int(throttle or 0)
+    except ValueError:
+        numbers = (0, 0)
+    if numbers[0] < 1 or numbers[1] < 0:
+        raise UsageError(
+            f"--array {text!r}: give the number of array tasks, or N%M to run M of them at once."
+        )
+    return numbers

@@ -1,0 +1,175 @@
+"""Group commit: one thread turns what the driver adds into few transactions.
+
+Results wait until 8 MiB or 100 ms have come together, so that one sync serves many chunks;
+in-flight marks are written at once.  The thread is the only writer of the ledger.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from hpcresume.errors import HpcResumeError, InternalError, describe
+from hpcresume.ledger.store import Batch, Ledger, LedgerState
+from hpcresume.segment.segment import Failure
+
+
+class GroupCommitter:
+    """Commits to a ledger from a thread of its own.
+
+    Attributes:
+        committed_seq: Sequence number of the last commit that is on disk.
+        committed_sources: Completed sources in the commits so far.
+    """
+
+    def __init__(
+        self, ledger: Ledger, *, max_bytes: int = 8 << 20, max_delay_s: float = 0.1
+    ) -> None:
+        self._ledger, self._max_bytes, self._max_delay_s = ledger, max_bytes, max_delay_s
+        self._condition = threading.Condition()
+        self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
+        self._oldest: float | None = None
+        self._release = 0
+        self._added = self._done = 0
+        self._urgent = self._closing = False
+        self._error: HpcResumeError | None = None
+        self.committed_seq = ledger.last_sequence()
+        self.committed_sources = 0
+        self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
+        self._thread.start()
+
+    def add(
+        self,
+        *,
+        frame: bytes | None = None,
+        sources: int = 0,
+        failures: list[Failure] | None = None,
+        unmark: int | None = None,
+        state: LedgerState | None = None,
+    ) -> None:
+        """Add results to the next commit; blocks while two commits' worth are waiting.
+
+        Raises:
+            HpcResumeError: An earlier commit failed; nothing more is accepted.
+        """
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._error is not None or self._batch_bytes < 2 * self._max_bytes
+            )
+            self._accept()
+            if frame is not None:
+                self._batch.frames.append(frame)
+                self._batch_bytes += len(frame)
+                self._batch_sources += sources
+            if failures:
+                self._batch.failures.extend(failures)
+            if unmark is not None:
+                self._unmark(unmark)
+            if state is not None:
+                self._batch.state = state
+                # Written now if nothing else is: watchers see it although no result comes.
+                self._urgent = self._urgent or not self._batch.durable
+            if self._oldest is None and self._batch.durable:
+                self._oldest = time.monotonic()
+            self._added += 1
+            self._condition.notify_all()
+
+    def _unmark(self, chunk: int) -> None:
+        self._batch.mark.pop(chunk, None)
+        self._batch.unmark.append(chunk)
+
+    def mark(self, chunk: int, sources: bytes) -> None:
+        """Record that a worker holds a chunk; written at once, not waited for."""
+        with self._condition:
+            self._accept()
+            if chunk in self._batch.unmark:
+                self._batch.unmark.remove(chunk)
+            self._batch.mark[chunk] = sources
+            self._added += 1
+            self._urgent = True
+            self._condition.notify_all()
+
+    def release(self, last: int) -> None:
+        """Delete the commits up to ``last`` soon; they are published."""
+        with self._condition:
+            self._release = max(self._release, last)
+            self._added += 1
+            self._urgent = True
+            self._condition.notify_all()
+
+    def flush(self) -> int:
+        """Wait until everything added is on disk and return the last sequence number.
+
+        Raises:
+            HpcResumeError: A commit failed.
+        """
+        with self._condition:
+            target, self._urgent = self._added, True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._error is not None or self._done >= target)
+            self._check()
+            return self.committed_seq
+
+    def close(self) -> None:
+        """Commit what is left and end the thread.
+
+        Raises:
+            HpcResumeError: A commit failed, so not everything that was added is on disk.
+        """
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._thread.join()
+        self._check()
+
+    def _accept(self) -> None:
+        self._check()
+        if self._closing:
+            raise InternalError("the ledger's group commit was closed before this was added")
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _due(self) -> bool:
+        if self._closing or self._urgent or self._batch_bytes >= self._max_bytes:
+            return True
+        return self._oldest is not None and self._wait_s() <= 0
+
+    def _wait_s(self) -> float:
+        assert self._oldest is not None
+        return self._oldest + self._max_delay_s - time.monotonic()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._due():
+                    self._condition.wait(None if self._oldest is None else self._wait_s())
+                batch, sources, added = self._batch, self._batch_sources, self._added
+                release, self._release = self._release, 0
+                closing = self._closing
+                self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
+                self._oldest, self._urgent = None, False
+                self._condition.notify_all()
+            try:
+                if release:
+                    self._ledger.release(release)
+                sequence = self._ledger.commit(batch)
+            except HpcResumeError as error:
+                self._fail(error)
+                return
+            except Exception as error:
+                # Whoever waits for this thread must learn that it is gone.
+                self._fail(InternalError(f"group commit failed: {describe(error)}"))
+                return
+            with self._condition:
+                self.committed_seq, self._done = sequence, added
+                self.committed_sources += sources
+                self._condition.notify_all()
+                if closing and self._added == added:
+                    return
+
+    def _fail(self, error: HpcResumeError) -> None:
+        with self._condition:
+            self._error = error
+            self._condition.notify_all()

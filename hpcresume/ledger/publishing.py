@@ -1,0 +1,200 @@
+"""Publish what a ledger holds to the shared run directory.
+
+Contract: when :func:`publish_pending` returns a :class:`PublishReceipt`, every commit up to
+its ``last`` can be read by any node after this process, this node or the file server
+restarts.  Before that the commits survive the death of processes, not of the node.
+
+The promise to the user, clause by clause:
+
+1. A worker, Ray or the driver is killed: every committed record is in the ledger, and the
+   supervisor has it published before it exits, unless the grace period ends first.
+2. The whole task is killed: what was published is available.  What was committed only is
+   lost with the node-local directory, unless the next attempt runs on that node and finds it.
+3. The node is lost: as 2.
+4. Preemption or a time limit with warning: everything committed is published before exit.
+5. Shared storage is full or failing: nothing is lost while the node lives; publishing is
+   tried again under new names, and the task stops taking sources when too much is at risk.
+6. Shared storage hangs: the process that hangs is abandoned; the task leaves in time.
+7. A stale listing: sources may run again; nothing is lost, and no result changes hands.
+8. The file server restarts and loses unsynced data: published records are available,
+   provided the server honours fsync.
+9. Two live attempts of one task: both may publish, neither can change or remove what the
+   other published.
+10. Clocks may jump: nothing is decided by wall-clock time.
+11. A damaged ledger: set aside, never opened by the engine; published records are kept.
+12. A damaged segment: set aside, never merged in part; its sources are computed again.
+13. A half-written line never appears in a published file.
+14. Not promised: exactly-once execution, protection from the user's own account, from root,
+    from a file server that lies about fsync, or from loss of the run directory.
+
+Order within one call: files that belong to sources first, each published on its own, then
+the segment that says the sources are complete.  A kill in between leaves files that no
+segment mentions.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hpcresume.errors import InternalError, LocalStorageError
+from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, publish
+from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
+from hpcresume.ledger.store import Ledger
+from hpcresume.run.directory import AttemptRef, RunDir
+from hpcresume.run.manifest import Manifest
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.frame import decode_frame
+from hpcresume.segment.segment import Failure, SegmentFooter, encode_segment
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReceipt:
+    """Proof that commits are published.
+
+    Attributes:
+        last: Sequence number of the last commit covered.
+        seq: Number of the segment.
+        name: Name of the segment.
+        sources: Completed sources in it.
+        size_bytes: Its size.
+        digest: SHA-256 of its content.
+    """
+
+    last: int
+    seq: int
+    name: str
+    sources: int
+    size_bytes: int
+    digest: bytes
+
+
+def publish_pending(
+    ledger: Ledger,
+    run: RunDir,
+    *,
+    seq: int,
+    after: int = 0,
+    max_bytes: int = 256 << 20,
+    outputs_root: str | None = None,
+    with_suspects: bool = False,
+) -> PublishReceipt:
+    """Publish unpublished commits as one segment and return proof of it.
+
+    Args:
+        ledger: The attempt's ledger; only its pending commits are read.
+        run: The shared run directory.
+        seq: Number of the segment within the attempt; a repeated number is harmless, since
+            names are unique.
+        after: Commits up to this one are published already.
+        max_bytes: Start no further commit beyond this size; call again for the rest.
+        outputs_root: Node-local directory with the files of ``ctx.output``.
+        with_suspects: Record the chunks in flight; for the ledger of a driver that died.
+
+    Returns:
+        The receipt; with nothing pending the segment carries progress alone.
+
+    Raises:
+        SharedStorageError: The file system refused.  Local data is intact; call again later.
+        LocalStorageError: A file of ``ctx.output`` is gone from the node-local disk.
+        CorruptDataError: The ledger is damaged.
+    """
+    identity, state = ledger.identity(), ledger.state()
+    writer = identity.writer
+    ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
+    suspects = ledger.in_flight() if with_suspects else []
+    guilty = [call.sources[0] for call in suspects if call.alone]
+    footer = SegmentFooter(
+        run_id=run.run_id,
+        writer=writer,
+        seq=seq,
+        completed=b"",
+        chunks=[],
+        has_failures=False,
+        suspects=[bitmaps.dump(call.sources) for call in suspects],
+        stages=state.stages,
+        stage_names=identity.stage_names,
+        progress=state.progress,
+        code=identity.code,
+    )
+    covered, failures = after, [_death(run, index) for index in guilty]
+
+    def frames() -> Iterator[bytes]:
+        nonlocal covered
+        for sequence, commit in ledger.pending(after=after, limit_bytes=max_bytes):
+            for frame in commit.frames:
+                _publish_files(run, ref, frame, outputs_root)
+                yield frame
+            failures.extend(commit.failures)
+            covered = sequence
+
+    ensure_directory(run.fs, run.attempt_path(ref))
+    name = f"seg-{seq:06d}-{secrets.token_hex(8)}"
+    receipt = publish(
+        run.fs,
+        run.attempt_path(ref, name),
+        encode_segment(footer, frames(), failures),
+        label="segment",
+    )
+    sources = sum(count for _, _, count in footer.chunks)
+    return PublishReceipt(covered, seq, name, sources, receipt.size_bytes, receipt.digest)
+
+
+def _death(run: RunDir, index: int) -> Failure:
+    """Return the failure of a source whose task died while it alone was being worked on."""
+    source_id = Manifest.open(run).entry(index).source_id
+    return Failure(
+        source=index,
+        source_id=source_id,
+        item=source_id,
+        stage="",
+        kind="death",
+        message="the driver died while it worked on this source alone",
+        attempt=0,
+    )
+
+
+def _publish_files(run: RunDir, ref: AttemptRef, frame: bytes, outputs_root: str | None) -> None:
+    files = decode_frame(frame, what="a committed frame").files()
+    if not files:
+        return
+    if outputs_root is None:
+        raise InternalError("sources have files, and nobody said where they are")
+    for source_id, entries in files.items():
+        for path, name in entries:
+            local = output_path(outputs_root, source_id, path, name)
+            target = output_path(run.attempt_path(ref, "files"), source_id, path, name)
+            ensure_directory(run.fs, os.path.dirname(target))
+            if not (run.fs.exists(target) and not os.path.exists(local)):
+                _publish_file(run.fs, local, target)
+
+
+def _publish_file(fs: FileSystem, local: str, target: str) -> Receipt:
+    def pieces() -> Iterator[bytes]:
+        offset = 0
+        while piece := _read_local(local, offset):
+            yield piece
+            offset += len(piece)
+
+    return publish(fs, target, pieces(), label="file")
+
+
+def _read_local(path: str, offset: int) -> bytes:
+    try:
+        return POSIX.read(path, offset, _COPY_BYTES)
+    except OSError as error:
+        raise LocalStorageError(
+            f"cannot read {path}: {error.strerror or error}. A stage wrote it with ctx.output() "
+            "and its source counts as done only with it. "
+            "Find out what removes files from the node-local disk, then submit again.",
+            path=path,
+        ) from error
+
+
+def output_path(root: str, source_id: str, path: str, name: str) -> str:
+    """Return where a file of ``ctx.output`` lies, below the node-local or the published root."""
+    return os.path.join(root, source_digest(source_id).hex(), path or "root", name)

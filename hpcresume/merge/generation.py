@@ -1,0 +1,378 @@
+"""Generations: the union of all segments, and which segment's copy of a source counts.
+
+A generation is made from the one before it and the segments it has not folded yet, in the
+order (round, task, epoch, sequence, digest).  A source belongs to the first segment that
+completes it, and once a generation says so, no later one says otherwise; the exception is a
+segment whose body was found bad, whose sources a later generation takes back.
+
+Making a generation is idempotent and may be killed anywhere: it is one exclusive publish.
+Two merges at once cannot both write generation ``n``; the second one reads the first's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.errors import CorruptDataError, RunDirError
+from hpcresume.fs import publish, storage_errors
+from hpcresume.ids import Epoch, RoundIndex, TaskIndex
+from hpcresume.run.directory import AttemptRef, RunDir, SegmentName
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.container import (
+    DECODE_ERRORS,
+    Container,
+    encode_container,
+    open_container,
+)
+from hpcresume.segment.segment import Failure, Segment, Writer, open_segment
+
+KIND = b"GENR"
+log = logging.getLogger(__name__)
+
+
+class Folded(msgspec.Struct, frozen=True, array_like=True):
+    """A segment that a generation has taken in."""
+
+    writer: Writer
+    name: str
+    won: int
+
+    def segment_name(self) -> SegmentName:
+        """Return the segment's name in the run directory."""
+        ref = AttemptRef(
+            RoundIndex(self.writer.round), TaskIndex(self.writer.task), Epoch(self.writer.epoch)
+        )
+        return SegmentName(ref, self.name)
+
+
+class SourceFailures(msgspec.Struct, frozen=True):
+    """What is known of a source that failed and is not completed.
+
+    Attributes:
+        attempts: How many tries were charged to it.
+        quarantined: Whether it will not be tried again.
+        last: Its last failure.
+        charged: Each charged try as (round, task, epoch, number of the try), so that a
+            commit that was published twice is charged once.
+    """
+
+    attempts: int
+    quarantined: bool
+    last: Failure
+    charged: list[tuple[int, int, int, int]] = []
+
+
+_FAILURES = msgspec.msgpack.Decoder(dict[int, SourceFailures])
+
+
+class GenerationFooter(msgspec.Struct, frozen=True):
+    """What a generation says of itself.
+
+    Attributes:
+        run_id: The run it belongs to.
+        number: Its number, from 1.
+        completed: Bitmap of all completed sources.
+        quarantined: Bitmap of the sources that are not tried again.
+        folded: The segments taken in, with how many sources each one won.
+        bad: Names of segments that were found corrupt, with the reason.
+        suspects: Bitmaps of sources in flight at an unexplained death.
+        stopped: Why the run does not go on by itself, empty while it does.
+        finished: Whether nothing is left to do.
+    """
+
+    run_id: str
+    number: int
+    completed: bytes
+    quarantined: bytes
+    folded: list[Folded]
+    bad: dict[str, str]
+    suspects: list[bytes]
+    stopped: str
+    finished: bool
+
+
+@dataclass
+class Union:
+    """What is done, as far as it can be seen now: a generation and what came after it.
+
+    Attributes:
+        number: The generation it began with, 0 for none.
+        completed: All completed sources.
+        won: For every folded segment, in order, the sources whose rows are taken from it.
+        failures: Sources that failed and are not completed.
+        fresh: Segments that the generation had not folded.
+        passed_over: Highest number of a damaged generation that was passed over.
+    """
+
+    number: int = 0
+    completed: BitMap = field(default_factory=BitMap)
+    won: dict[tuple[Writer, str], BitMap] = field(default_factory=dict)
+    failures: dict[int, SourceFailures] = field(default_factory=dict)
+    suspects: list[BitMap] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    stopped: str = ""
+    finished: bool = False
+    fresh: int = 0
+    passed_over: int = 0
+
+    def quarantined(self) -> BitMap:
+        """Return the sources that are not tried again."""
+        return BitMap(i for i, failure in self.failures.items() if failure.quarantined)
+
+    def settled(self) -> BitMap:
+        """Return the sources that nothing more is done for."""
+        return self.completed | self.quarantined()
+
+    def attempts(self) -> dict[int, int]:
+        """Return the tries charged so far to each source that is not completed."""
+        return {index: failure.attempts for index, failure in self.failures.items()}
+
+    def fold(self, segment: Segment, name: str, *, max_attempts: int) -> None:
+        """Take in a segment; folding the same one twice changes nothing."""
+        footer = segment.footer
+        key = (footer.writer, name)
+        if key in self.won:
+            return
+        failures = segment.failures()
+        won = segment.completed - self.completed
+        self.won[key] = won
+        self.completed |= won
+        self.suspects.extend(bitmaps.load(data, what=name) for data in footer.suspects)
+        for failure in failures:
+            self._count(failure, footer.writer, max_attempts)
+        for index in [index for index in self.failures if index in won]:
+            del self.failures[index]
+        self.fresh += 1
+
+    def _count(self, failure: Failure, writer: Writer, max_attempts: int) -> None:
+        if failure.source in self.completed:
+            return
+        known = self.failures.get(failure.source)
+        charge = (writer.round, writer.task, writer.epoch, failure.attempt)
+        if known is not None and charge in known.charged:
+            return
+        charged = [*(known.charged if known else ()), charge]
+        attempts = (known.attempts if known else 0) + 1
+        given_up = not failure.retry or attempts >= max_attempts
+        quarantined = given_up or (known is not None and known.quarantined)
+        self.failures[failure.source] = SourceFailures(attempts, quarantined, failure, charged)
+
+    def open_suspects(self) -> list[BitMap]:
+        """Return the groups of suspects that are still owed."""
+        settled = self.settled()
+        groups = (group - settled for group in self.suspects)
+        return [group for group in groups if group]
+
+
+def read_union(run: RunDir, *, max_attempts: int) -> Union:
+    """Return the newest generation and every published segment that it has not folded.
+
+    A stale directory listing gives a subset; a later call gives a superset in which no
+    source has changed hands.
+
+    Args:
+        run: The run.
+        max_attempts: Tries after which a source is quarantined.
+
+    Raises:
+        SharedStorageError: The file system refused.
+    """
+    with storage_errors("read", run.path):
+        union = load_newest(run)
+        for name in unfolded(run, union):
+            _fold_named(run, union, name, max_attempts=max_attempts)
+    return union
+
+
+def _fold_named(run: RunDir, union: Union, name: SegmentName, *, max_attempts: int) -> None:
+    path = run.segment_path(name)
+    try:
+        segment = open_segment(run.fs, path, run_id=run.run_id)
+        _refuse_misplaced(segment, name)
+        union.fold(segment, name.name, max_attempts=max_attempts)
+    except CorruptDataError as error:
+        log.warning("%s", error)
+        union.bad[relative_name(run, name)] = str(error)
+    except FileNotFoundError as error:
+        # Listed, yet gone: the listing was out of date.
+        log.warning("%s", error)
+
+
+def _refuse_misplaced(segment: Segment, name: SegmentName) -> None:
+    ref, writer = name.attempt, segment.footer.writer
+    if writer != Writer(ref.round, ref.task, ref.epoch):
+        path = segment.container.path
+        raise CorruptDataError(
+            f"{path} was written by {writer}. It was copied or moved here, and a segment is read "
+            "where its writer put it. It is ignored.",
+            path=path,
+        )
+
+
+def read_task_union(run: RunDir, round_: int, task: int, *, max_attempts: int) -> Union:
+    """Return what earlier attempts of one array task have published.
+
+    The round's plan already leaves out what was done before it, so an array task needs no
+    other task's segments: the cost is that of its own shard, not of the run.
+    """
+    union = Union()
+    for ref in run.attempts(round_, task):
+        for name in run.segments(ref):
+            try:
+                segment = open_segment(run.fs, run.segment_path(name), run_id=run.run_id)
+                union.fold(segment, name.name, max_attempts=max_attempts)
+            except CorruptDataError as error:
+                log.warning("%s", error)
+    return union
+
+
+def relative_name(run: RunDir, name: SegmentName) -> str:
+    """Return a segment's path below the run directory."""
+    return run.segment_path(name).removeprefix(run.path).lstrip("/")
+
+
+def unfolded(run: RunDir, union: Union) -> list[SegmentName]:
+    """Return the published segments that a union has not taken in, in winning order."""
+    found: list[tuple[Writer, int, str, SegmentName]] = []
+    for ref in run.all_attempts():
+        writer = Writer(ref.round, ref.task, ref.epoch)
+        found.extend(
+            (writer, name.seq, name.name, name)
+            for name in run.segments(ref)
+            if (writer, name.name) not in union.won and relative_name(run, name) not in union.bad
+        )
+    return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:3])]
+
+
+def open_generation(run: RunDir, number: int) -> Container[GenerationFooter]:
+    """Open a generation; reads its footer only.
+
+    Raises:
+        CorruptDataError: The generation is damaged or of another run.
+    """
+    path = run.generation_path(number)
+    container = open_container(run.fs, path, KIND, GenerationFooter)
+    if container.footer.run_id != run.run_id or container.footer.number != number:
+        raise CorruptDataError(
+            f"{path} belongs to another run or generation. It is ignored.", path=path
+        )
+    return container
+
+
+def load_newest(run: RunDir) -> Union:
+    """Return the newest whole generation as a union; an empty one where there is none.
+
+    A damaged generation is passed over: all it says is in the segments.
+    """
+    passed_over = 0
+    for number in reversed(run.generation_numbers()):
+        try:
+            union = _load(run, number)
+        except (CorruptDataError, FileNotFoundError) as error:
+            log.warning("%s", error)
+            passed_over = max(passed_over, number)
+        else:
+            union.passed_over = passed_over
+            return union
+    return Union(passed_over=passed_over)
+
+
+def _load(run: RunDir, number: int) -> Union:
+    container = open_generation(run, number)
+    footer = container.footer
+    if len(container.blocks) != len(footer.folded) + 1:
+        raise CorruptDataError(
+            f"{container.path}: its blocks do not match its segments. It is ignored.",
+            path=container.path,
+        )
+    won = {
+        (entry.writer, entry.name): bitmaps.load(container.read_block(i), what=container.path)
+        for i, entry in enumerate(footer.folded)
+    }
+    try:
+        failures = _FAILURES.decode(container.read_block(len(footer.folded)))
+    except DECODE_ERRORS as error:
+        raise CorruptDataError(
+            f"{container.path}: its failures cannot be decoded ({error}). It is ignored.",
+            path=container.path,
+        ) from error
+    return Union(
+        number=number,
+        completed=bitmaps.load(footer.completed, what=container.path),
+        won=won,
+        failures=failures,
+        suspects=[bitmaps.load(data, what=container.path) for data in footer.suspects],
+        bad=dict(footer.bad),
+        stopped=footer.stopped,
+        finished=footer.finished,
+    )
+
+
+def write_generation(run: RunDir, union: Union) -> int:
+    """Publish a union as the next generation and return its number.
+
+    Raises:
+        FileExistsError: Another merge published that number first.
+        SharedStorageError: The file system refused.
+    """
+    # A damaged generation keeps its number: nothing is overwritten.
+    number = max(union.number, union.passed_over) + 1
+    keys = list(union.won)
+    footer = GenerationFooter(
+        run_id=run.run_id,
+        number=number,
+        completed=bitmaps.dump(union.completed),
+        quarantined=bitmaps.dump(union.quarantined()),
+        folded=[Folded(writer, name, len(union.won[writer, name])) for writer, name in keys],
+        bad=union.bad,
+        suspects=[bitmaps.dump(group) for group in union.open_suspects()],
+        stopped=union.stopped,
+        finished=union.finished,
+    )
+
+    def blocks() -> Iterator[bytes]:
+        for key in keys:
+            yield bitmaps.dump(union.won[key])
+        yield msgspec.msgpack.encode(union.failures)
+
+    parts = encode_container(KIND, blocks(), footer)
+    publish(run.fs, run.generation_path(number), parts, label="generation", exclusive=True)
+    union.number = number
+    return number
+
+
+def take_back(run: RunDir, union: Union, bad: SegmentName, why: str) -> None:
+    """Remove a segment whose body is bad and give its sources to other copies, or reopen them.
+
+    Raises:
+        RunDirError: The union does not hold the segment.
+    """
+    ref = bad.attempt
+    lost = union.won.pop((Writer(ref.round, ref.task, ref.epoch), bad.name), None)
+    if lost is None:
+        raise RunDirError(
+            f"{relative_name(run, bad)} is not part of generation {union.number}. "
+            "Run: hpcresume merge RUN",
+            path=run.segment_path(bad),
+        )
+    union.bad[relative_name(run, bad)] = why
+    union.completed -= lost
+    union.finished = False
+    for writer, name in list(union.won):
+        if not lost:
+            break
+        other = Folded(writer, name, 0).segment_name()
+        try:
+            segment = open_segment(run.fs, run.segment_path(other), run_id=run.run_id)
+        except (CorruptDataError, OSError) as error:
+            log.warning("%s", error)
+            continue
+        found = segment.completed & lost
+        union.won[writer, name] |= found
+        union.completed |= found
+        lost -= found

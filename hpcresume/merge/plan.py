@@ -1,0 +1,219 @@
+"""The plan of a round: what was left at one time, dealt over the tasks of one job array.
+
+Shards are contiguous blocks of the sorted remainder of about equal cost, so a shard's bitmap
+is a few runs and an array task reads its own blocks of the manifest only.  Below 10,000
+sources of known cost they are dealt longest first instead.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.errors import CorruptDataError
+from hpcresume.fs import Receipt, ensure_directory, publish
+from hpcresume.run.directory import RunDir
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.container import (
+    DECODE_ERRORS,
+    Container,
+    encode_container,
+    open_container,
+)
+
+KIND = b"PLAN"
+DEAL_BY_COST_BELOW = 10_000
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """What one array task is to do.
+
+    Attributes:
+        sources: Bitmap of its sources.
+        attempts: Tries that earlier attempts charged, by source.
+        suspects: Bitmaps of sources that were in flight at an unexplained death.
+    """
+
+    sources: bytes
+    attempts: dict[int, int]
+    suspects: list[bytes]
+
+    def bitmap(self) -> BitMap:
+        """Return the shard's sources."""
+        return bitmaps.load(self.sources, what="a shard of the plan")
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """How the user asked for the run to be launched; every later round repeats it.
+
+    Attributes:
+        cluster: ``local`` or ``slurm``.
+        array: The most array tasks of a round.
+        throttle: The most array tasks that run at once; 0: all.
+        site: Name of the site.
+        cwd: Directory in which tasks run, so that relative parameters mean the same there.
+    """
+
+    cluster: str
+    array: int
+    throttle: int = 0
+    site: str = "generic"
+    cwd: str = ""
+
+
+class PlanFooter(msgspec.Struct, frozen=True):
+    """What a plan says of itself.
+
+    Attributes:
+        run_id: The run it belongs to.
+        round: Number of the round.
+        generation: The generation whose remainder it deals, 0 for none.
+        code: Number of the code snapshot to run.
+        sources: Number of sources in all shards.
+        tasks: Number of shards.
+        settings: The resolved settings of the round, for the array tasks.
+        launch: How the round is launched.
+    """
+
+    run_id: str
+    round: int
+    generation: int
+    code: int
+    sources: int
+    tasks: int
+    settings: dict[str, Any]
+    launch: Launch
+
+
+class Plan:
+    """An opened plan."""
+
+    def __init__(self, container: Container[PlanFooter]) -> None:
+        self._container = container
+
+    @property
+    def footer(self) -> PlanFooter:
+        """The verified footer."""
+        return self._container.footer
+
+    def shard(self, task: int) -> Shard:
+        """Return one array task's shard.
+
+        Raises:
+            CorruptDataError: The shard's block is damaged.
+            IndexError: The round has no such task.
+        """
+        data = self._container.read_block(task)
+        try:
+            return msgspec.msgpack.decode(data, type=Shard)
+        except DECODE_ERRORS as error:
+            raise CorruptDataError(
+                f"{self._container.path}: shard {task} cannot be decoded ({error}). "
+                "Submit the run again: a new plan is made.",
+                path=self._container.path,
+            ) from error
+
+
+def open_plan(run: RunDir, round_: int) -> Plan:
+    """Open a round's plan; reads its footer only.
+
+    Raises:
+        CorruptDataError: The plan is damaged or of another run.
+    """
+    container = open_container(run.fs, run.plan_path(round_), KIND, PlanFooter)
+    if container.footer.run_id != run.run_id:
+        raise CorruptDataError(
+            f"{container.path} belongs to run {container.footer.run_id}. "
+            "A file of another run was copied here. Remove it.",
+            path=container.path,
+        )
+    return Plan(container)
+
+
+def deal(
+    remainder: BitMap, shards: int, weight_of: Callable[[int], float] | None = None
+) -> list[BitMap]:
+    """Deal a remainder over at most ``shards`` shards, none of them empty.
+
+    Args:
+        remainder: The sources to deal.
+        shards: The most shards wanted, at least 1.
+        weight_of: Expected cost of a source; None where all cost the same.
+    """
+    shards = min(shards, len(remainder))
+    if shards == 0:
+        return []
+    if weight_of is None:
+        return _equal_blocks(remainder, shards)
+    if len(remainder) < DEAL_BY_COST_BELOW:
+        return _longest_first(remainder, shards, weight_of)
+    return _weighted_blocks(remainder, shards, weight_of)
+
+
+def _equal_blocks(remainder: BitMap, shards: int) -> list[BitMap]:
+    count = len(remainder)
+    return [remainder[count * i // shards : count * (i + 1) // shards] for i in range(shards)]
+
+
+def _longest_first(
+    remainder: BitMap, shards: int, weight_of: Callable[[int], float]
+) -> list[BitMap]:
+    weighted = sorted(((weight_of(index), index) for index in remainder), reverse=True)
+    heap = [(0.0, 0, shard) for shard in range(shards)]
+    dealt = [BitMap() for _ in range(shards)]
+    for weight, index in weighted:
+        load, count, shard = heapq.heappop(heap)
+        dealt[shard].add(index)
+        heapq.heappush(heap, (load + weight, count + 1, shard))
+    return [shard for shard in dealt if shard]
+
+
+def _weighted_blocks(
+    remainder: BitMap, shards: int, weight_of: Callable[[int], float]
+) -> list[BitMap]:
+    total = sum(map(weight_of, remainder))
+    if total <= 0:
+        return _equal_blocks(remainder, shards)
+    dealt: list[list[int]] = [[]]
+    done = 0.0
+    for index in remainder:
+        full = dealt[-1] and done >= total * len(dealt) / shards
+        if full and len(dealt) < shards:
+            dealt.append([])
+        dealt[-1].append(index)
+        done += weight_of(index)
+    return [BitMap(shard) for shard in dealt]
+
+
+def make_shards(
+    dealt: list[BitMap], attempts: Mapping[int, int], suspects: list[BitMap]
+) -> list[Shard]:
+    """Return the shards of a deal, each with what earlier attempts learnt of its sources."""
+    charged = BitMap(attempts)
+    shards = []
+    for sources in dealt:
+        groups = [bitmaps.dump(found) for group in suspects if (found := group & sources)]
+        tries = {index: attempts[index] for index in charged & sources}
+        shards.append(Shard(bitmaps.dump(sources), tries, groups))
+    return shards
+
+
+def write_plan(run: RunDir, footer: PlanFooter, shards: list[Shard]) -> Receipt:
+    """Publish a round's plan.
+
+    Raises:
+        FileExistsError: Another process made this round's plan first.
+        SharedStorageError: The file system refused.
+    """
+
+    def blocks() -> Iterator[bytes]:
+        for shard in shards:
+            yield msgspec.msgpack.encode(shard)
+
+    ensure_directory(run.fs, run.round_path(footer.round))
+    parts = encode_container(KIND, blocks(), footer)
+    return publish(run.fs, run.plan_path(footer.round), parts, label="plan", exclusive=True)

@@ -1,0 +1,1 @@
+"""What a user writes: stages, sources, the pipeline, and how a file of it is loaded."""

@@ -1,0 +1,179 @@
+"""The pipeline: sources, stages and a sink under one name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcresume.errors import NotResumableError, PipelineError
+from hpcresume.pipeline.sources import SourceList, as_sources
+from hpcresume.pipeline.stage import Stage, as_stage
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+Finish = Callable[[Iterator[Any], Path], None]
+"""``finish(rows, out)``: runs once over the finished run's rows and writes ``out``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Sink for results that are rows of JSON values; each source's rows exactly once."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return this sink as JSON values, for the run's fingerprint."""
+        return {"kind": "rows"}
+
+
+class Pipeline:
+    """Stages that every source goes through, and where the results go.
+
+    Args:
+        name: Names runs, job arrays and files; letters, digits, ``.``, ``_``, ``-``.
+        sources: What :func:`~hpcresume.pipeline.sources.as_sources` takes.
+        stages: Functions, callables and :class:`Stage` objects, in order.
+        sink: :class:`Rows`, or None for stages that are run for their side effects.
+        finish: Runs once over the finished run; for steps that need all results.
+        tolerate: Share of sources, from 0 to below 1, that may end quarantined in a
+            run that still counts as complete.
+        snapshot: Further files or directories to copy into the run, relative to the
+            pipeline's file.
+        max_no_progress_rounds: Rounds without a new completion before the run stops.
+
+    Attributes:
+        stages: The stages as :class:`Stage` objects with unique names.
+        sources: The sources as a :class:`SourceList`.
+
+    Raises:
+        PipelineError: An argument cannot be right.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sources: object,
+        stages: Sequence[object],
+        sink: Rows | None = Rows(),
+        *,
+        finish: Finish | None = None,
+        tolerate: float = 0.0,
+        snapshot: Sequence[str | os.PathLike[str]] = (),
+        max_no_progress_rounds: int = 2,
+    ) -> None:
+        self.name = _checked_name(name)
+        self.sources: SourceList = as_sources(sources)
+        self.stages = _checked_stages(stages, name)
+        self.sink = _checked_sink(sink)
+        self.finish = finish
+        self.tolerate = _checked_tolerance(tolerate)
+        self.snapshot = _checked_snapshot(snapshot)
+        self.max_no_progress_rounds = max_no_progress_rounds
+        if finish is not None and not callable(finish):
+            raise PipelineError(f"finish={finish!r} cannot be called. Give finish=fn(rows, out).")
+        if isinstance(max_no_progress_rounds, bool) or max_no_progress_rounds < 1:
+            raise PipelineError(
+                f"max_no_progress_rounds={max_no_progress_rounds!r}: the least is 1."
+            )
+
+    def check_resumable(self) -> None:
+        """Refuse a pipeline whose output cannot be attributed to single sources.
+
+        Raises:
+            NotResumableError: Names every stage with ``is_resumable = False``.
+        """
+        offenders = [stage.name for stage in self.stages if not stage.is_resumable]
+        if offenders:
+            raise NotResumableError(
+                f"pipeline {self.name!r}: not resumable: {', '.join(offenders)}. "
+                "What such a stage puts out belongs to no single source, so an interrupted "
+                "run cannot tell which sources are done. "
+                "Move global steps to Pipeline(finish=...) or to a second run over the results.",
+                stages=offenders,
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what makes two runs the same run, as JSON values."""
+        return {
+            "name": self.name,
+            "stages": [{"name": s.name, "options": s.options} for s in self.stages],
+            "sink": None if self.sink is None else self.sink.describe(),
+            "sources": self.sources.describe(),
+            "tolerate": self.tolerate,
+            "finish": None if self.finish is None else qualified_name(self.finish),
+        }
+
+    def __repr__(self) -> str:
+        stages = " -> ".join(stage.name for stage in self.stages)
+        return f"<Pipeline {self.name}: {stages}>"
+
+
+def qualified_name(fn: object) -> str:
+    """Return ``module.name`` of a callable; of its function where it is a partial."""
+    fn = getattr(fn, "func", fn)
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{getattr(fn, '__module__', type(fn).__module__)}.{name}"
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.strip(".") == "":
+        raise PipelineError(
+            f"a pipeline is named {name!r}. The name is part of file and job names. "
+            "Use letters, digits, '.', '_' and '-'."
+        )
+    return name
+
+
+def _checked_stages(stages: Sequence[object], name: str) -> tuple[Stage, ...]:
+    if callable(stages) or isinstance(stages, Stage):
+        raise PipelineError(f"pipeline {name!r}: stages={stages!r} is not a list. Write [...].")
+    made = tuple(as_stage(stage) for stage in stages)
+    if not made:
+        raise PipelineError(f"pipeline {name!r} has no stages. Give at least one.")
+    return _uniquely_named(made)
+
+
+def _uniquely_named(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    given = {stage.name for stage in stages}
+    taken: set[str] = set()
+    unique = []
+    for stage in stages:
+        name, n = stage.name, 1
+        while name in taken or (n > 1 and name in given):
+            n += 1
+            name = f"{stage.name}_{n}"
+        taken.add(name)
+        unique.append(stage if name == stage.name else _renamed(stage, name))
+    return tuple(unique)
+
+
+def _renamed(stage: Stage, name: str) -> Stage:
+    """Return a shallow copy: one object listed twice is two stages."""
+    renamed = copy.copy(stage)
+    object.__setattr__(renamed, "name", name)  # also where the class is a frozen dataclass
+    return renamed
+
+
+def _checked_sink(sink: Rows | None) -> Rows | None:
+    if sink is not None and not isinstance(sink, Rows):
+        raise PipelineError(f"sink={sink!r} is not a sink. Give Rows(), or None for no results.")
+    return sink
+
+
+def _checked_tolerance(tolerate: float) -> float:
+    is_number = isinstance(tolerate, int | float) and not isinstance(tolerate, bool)
+    if not is_number or not 0 <= tolerate < 1:
+        raise PipelineError(
+            f"tolerate={tolerate!r} is not a share of the sources. "
+            "Give a number from 0 to below 1; 0.02 is two in a hundred."
+        )
+    return float(tolerate)
+
+
+def _checked_snapshot(snapshot: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    if isinstance(snapshot, str | os.PathLike):
+        raise PipelineError(f"snapshot={snapshot!r} is not a list. Write [{str(snapshot)!r}].")
+    return tuple(os.fspath(path) for path in snapshot)

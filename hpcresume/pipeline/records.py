@@ -1,0 +1,145 @@
+"""Reading the records of a file one by one, with errors that name the line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import orjson
+
+from hpcresume.errors import SourcesError
+
+_BLOCK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SourcesError(
+            f"{path} cannot be read: {reason}. It holds the sources. "
+            "Check the path and that the file is whole.",
+            path=str(path),
+        ) from error
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a file in bytes."""
+    with _reading(path):
+        return path.stat().st_size
+
+
+def file_digest(path: Path, *, size_bytes: int | None = None) -> str:
+    """Return the digest of a file, or of its first ``size_bytes``."""
+    digest = hashlib.blake2b(digest_size=16)
+    left = math.inf if size_bytes is None else size_bytes
+    with _reading(path), path.open("rb") as file:
+        while left > 0 and (block := file.read(int(min(left, _BLOCK_BYTES)))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_records(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed where its name ends in ``.gz``."""
+    with _reading(path):
+        raw = path.open("rb")
+    with raw:
+        yield cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+
+
+def read_lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yield the lines without their ends."""
+    while True:
+        with _reading(path):
+            raw = file.readline()
+        if not raw:
+            return
+        yield raw.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def line_text(raw: bytes, path: Path, n: int) -> str:
+    """Return line ``n`` (from 0) as text; a byte order mark at the beginning is no text."""
+    try:
+        return raw.decode("utf-8-sig" if n == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise SourcesError(
+            f"{path}:{n + 1}: not UTF-8 text: {error.reason} at byte {error.start}. "
+            "Sources are stored as JSON. Convert the file to UTF-8.",
+            path=str(path),
+            line=n + 1,
+        ) from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Any]:
+    with open_records(path) as file:
+        for n, raw in enumerate(read_lines(file, path)):
+            if not raw.strip():
+                continue
+            try:
+                yield orjson.loads(raw)
+            except orjson.JSONDecodeError as error:
+                raise SourcesError(
+                    f"{path}:{n + 1}: not JSON: {error}. "
+                    "Every line of a JSONL file is one JSON value. Correct the line.",
+                    path=str(path),
+                    line=n + 1,
+                ) from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    dialect = "excel-tab" if ".tsv" in path.suffixes else "excel"
+    with open_records(path) as file:
+        texts = (line_text(raw, path, n) + "\n" for n, raw in enumerate(read_lines(file, path)))
+        reader = csv.DictReader(texts, dialect=dialect, strict=True)
+        try:
+            for row in reader:
+                _check_width(row, reader.fieldnames)
+                yield row
+        except csv.Error as error:
+            raise SourcesError(
+                f"{path}:{reader.line_num}: not CSV: {error}. Correct the line.",
+                path=str(path),
+                line=reader.line_num,
+            ) from error
+
+
+def _check_width(row: Mapping[Any, Any], columns: Sequence[str] | None) -> None:
+    if None in row or None in row.values():
+        raise csv.Error(f"a row of other length than its {len(columns or ())} columns")
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise SourcesError(
+            f"{path}: reading Parquet needs pyarrow, which is not installed. "
+            "Install it: pip install 'hpcresume[parquet]'.",
+            path=str(path),
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise SourcesError(
+            f"{path} cannot be read as Parquet: {error}. It holds the sources.", path=str(path)
+        ) from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    "jsonl": _jsonl_rows,
+    "csv": _csv_rows,
+    "tsv": _csv_rows,
+    "parquet": _parquet_rows,
+}

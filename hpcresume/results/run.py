@@ -1,0 +1,60 @@
+"""A run from Python: its rows and how it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from hpcresume.results.collect import wrap_rows
+from hpcresume.results.rows import BadSegmentError, Span, spans, take_back_segment, union_of
+from hpcresume.run.directory import RunDir
+from hpcresume.run.manifest import Manifest
+
+
+class Run:
+    """A run, opened by its directory.
+
+    Raises:
+        RunDirError: Not a run directory, or one that cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._run = RunDir.open(str(path))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def rows(self, *, with_source: bool = False) -> Iterator[Any]:
+        """Yield the rows of all completed sources in manifest order, decoded.
+
+        Args:
+            with_source: Yield ``{"source", "item", "row"}`` instead of the row.
+
+        Raises:
+            CorruptDataError: A published segment is damaged.  Its sources are open again;
+                what was yielded so far stands.
+            SharedStorageError: A segment cannot be read.
+        """
+        manifest, union = Manifest.open(self._run), union_of(self._run)
+        try:
+            for span in spans(self._run, union, manifest):
+                lines = _wrapped(span, manifest) if with_source else span.rows.splitlines()
+                yield from map(orjson.loads, lines)
+        except BadSegmentError as error:
+            take_back_segment(self._run, error)
+            raise
+
+    def status(self) -> dict[str, Any]:
+        """Return how the run stands, as ``hpcresume status --json`` prints it."""
+        from hpcresume.observe.status import read_status
+
+        return read_status(self._run).to_dict()
+
+
+def _wrapped(span: Span, manifest: Manifest) -> Iterator[bytes]:
+    for source in span.each():
+        yield from wrap_rows(manifest.entry(source.source).source_id, source)

@@ -1,0 +1,507 @@
+"""The run directory: names, creation, and what is allocated in it by exclusive create.
+
+::
+
+    RUN/
+      run.json                     what the run is; written once
+      CACHEDIR.TAG                 tells `clean` and backup tools that this is a run directory
+      code/0001/                   snapshot of the pipeline's files; a new one for each edit
+      manifest/part-000001         the ordered sources; growth adds a part
+      rounds/0000/plan             the shards of a round
+      rounds/0000/claim            the one job array that works on the round
+      rounds/0000/jobs/*.json      what was submitted for it
+      rounds/0000/submit/          the launcher's script and pickle
+      rounds/0000/logs/            output of the array tasks and of the merge job
+      rounds/0000/tasks/00000/e001/  one attempt: attempt.json, segments, outcome.json, files/
+      merge/gen-000001             what is done, as of one merge
+      control/0001-stop            stop and resume marks; the highest number counts
+      finish/                      what Pipeline(finish=...) made
+
+Nothing here is ever overwritten or appended.  Every file has one writer.  Order never
+comes from a clock: epochs, generations and marks are numbered by exclusive create.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from hpcresume.errors import CorruptDataError, HpcResumeError, RunDirError, SharedStorageError
+from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, list_names, publish
+from hpcresume.ids import Epoch, RoundIndex, TaskIndex
+from hpcresume.segment.container import DECODE_ERRORS
+
+FORMAT_VERSION = 1
+TAG_NAME = "CACHEDIR.TAG"
+TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# hpcresume run directory: hpcresume status DIR, hpcresume clean DIR\n"
+)
+_ATTEMPT = re.compile(r"e(\d+)")
+_SEGMENT = re.compile(r"seg-(\d+)-[0-9a-f]{16}")
+_GENERATION = re.compile(r"gen-(\d+)")
+_PART = re.compile(r"part-(\d+)")
+_MARK = re.compile(r"(\d+)-(stop|resume)")
+_NUMBER = re.compile(r"(\d+)")
+
+RecordT = TypeVar("RecordT", bound=msgspec.Struct)
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """What a run is; ``run.json``.
+
+    Attributes:
+        format: Version of the run directory's format.
+        run_id: 16 random hexadecimal digits.
+        name: The pipeline's name.
+        target: The pipeline as the user named it.
+        created_at: ISO 8601 time, for people.
+        version: Version of hpcresume that created the run.
+        fingerprint: What must not change silently: stages, sink, sources, parameters.
+    """
+
+    format: int
+    run_id: str
+    name: str
+    target: str
+    created_at: str
+    version: str
+    fingerprint: dict[str, Any]
+
+
+class AttemptInfo(msgspec.Struct, frozen=True):
+    """Who runs an attempt; ``attempt.json``.  Nothing is ordered by what it says."""
+
+    nonce: str
+    host: str
+    boot_id: str
+    pid: int
+    started_at: str
+    cpus: int
+    job_id: str | None = None
+    array_job_id: str | None = None
+    restart_count: int = 0
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How an attempt ended; ``outcome.json``.
+
+    Attributes:
+        state: ``done`` (its shard holds nothing more to do), ``saved`` (stopped early,
+            all committed work published), ``lost`` (some committed work could not be
+            published), ``broken`` (cannot run here: see reason), ``superseded``.
+        reason: Why it ended, for people.
+        kind: Machine-readable reason: ``finished``, ``terminated``, ``time-limit``,
+            ``driver-died``, ``stage-broken``, ``stage-start``, ``storage``, ``stopped``.
+        stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
+        completed: Sources this attempt completed.
+        elapsed_s: How long it ran.
+    """
+
+    state: str
+    reason: str
+    kind: str
+    stage: str = ""
+    completed: int = 0
+    elapsed_s: float = 0.0
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """What was submitted for a round; one file in ``jobs/`` for each submission."""
+
+    cluster: str
+    array: str
+    merge: str = ""
+    twin: str = ""
+    job_name: str = ""
+    tasks: int = 0
+    submitted_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRef:
+    """Names one attempt."""
+
+    round: RoundIndex
+    task: TaskIndex
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentName:
+    """Names one published segment."""
+
+    attempt: AttemptRef
+    name: str
+
+    @property
+    def seq(self) -> int:
+        """Number of the segment within its attempt."""
+        return _number(_SEGMENT, self.name)
+
+
+def _number(pattern: re.Pattern[str], name: str) -> int:
+    match = pattern.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _numbers(pattern: re.Pattern[str], names: list[str]) -> list[int]:
+    return sorted(number for name in names if (number := _number(pattern, name)) >= 0)
+
+
+class RunDir:
+    """One run's directory, opened.
+
+    Every path is text below ``path``; the file system may be the machine's or a simulated one.
+    """
+
+    def __init__(self, path: str, info: RunInfo, fs: FileSystem = POSIX) -> None:
+        self.path, self.info, self.fs = path, info, fs
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.info.run_id
+
+    @classmethod
+    def create(cls, path: str, info: RunInfo, fs: FileSystem = POSIX) -> RunDir:
+        """Create a run directory, or open it where one is already.
+
+        Raises:
+            RunDirError: The directory cannot be created or written.
+            CorruptDataError: Its ``run.json`` is damaged.
+        """
+        try:
+            ensure_directory(fs, path)
+            for name in ("code", "manifest", "rounds", "merge", "control"):
+                ensure_directory(fs, os.path.join(path, name))
+            _publish_new(fs, os.path.join(path, TAG_NAME), TAG)
+            _publish_new(fs, os.path.join(path, "run.json"), msgspec.json.encode(info))
+        except (OSError, SharedStorageError) as error:
+            raise RunDirError(
+                f"cannot create the run directory {path}: {error}. "
+                "Every result is written there. "
+                "Give one that you may write with --run-dir.",
+                path=path,
+            ) from error
+        # Of two processes that create at once, one gives the run its id.
+        return cls.open(path, fs)
+
+    @classmethod
+    def open(cls, path: str, fs: FileSystem = POSIX) -> RunDir:
+        """Open an existing run directory.
+
+        Raises:
+            RunDirError: Not a run directory, unreadable, or of a newer format.
+        """
+        name = os.path.join(path, "run.json")
+        try:
+            data = fs.read(name)
+        except FileNotFoundError as error:
+            raise RunDirError(
+                f"{path} is not a run directory: it holds no run.json. "
+                "`hpcresume submit` prints the directory of each run it starts.",
+                path=path,
+            ) from error
+        except OSError as error:
+            raise RunDirError(
+                f"cannot read {name}: {error.strerror or error}. "
+                "A run directory belongs to the user who created it. "
+                "Use it as that user, or start your own run with --run-dir.",
+                path=path,
+            ) from error
+        try:
+            version = msgspec.json.decode(data, type=dict[str, Any]).get("format", 0)
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                raise RunDirError(
+                    f"{path} has format {version}; this hpcresume reads up to {FORMAT_VERSION}. "
+                    "A newer version made it. Install that version to go on.",
+                    path=path,
+                )
+            return cls(path, msgspec.json.decode(data, type=RunInfo), fs)
+        except DECODE_ERRORS as error:
+            raise CorruptDataError(
+                f"{name} cannot be decoded ({error}). The run directory is damaged. "
+                "Restore the file from a backup, or submit to a new --run-dir.",
+                path=path,
+            ) from error
+
+    def join(self, *names: str) -> str:
+        """Return a path below the run directory."""
+        return os.path.join(self.path, *names)
+
+    def code_path(self, number: int) -> str:
+        """Return the directory of a code snapshot."""
+        return self.join("code", f"{number:04d}")
+
+    def code_numbers(self) -> list[int]:
+        """Return the numbers of the code snapshots."""
+        return _numbers(_NUMBER, list_names(self.fs, self.join("code")))
+
+    def part_path(self, number: int) -> str:
+        """Return the path of a manifest part."""
+        return self.join("manifest", f"part-{number:06d}")
+
+    def part_numbers(self) -> list[int]:
+        """Return the numbers of the manifest's parts."""
+        return _numbers(_PART, list_names(self.fs, self.join("manifest")))
+
+    def generation_path(self, number: int) -> str:
+        """Return the path of a generation."""
+        return self.join("merge", f"gen-{number:06d}")
+
+    def generation_numbers(self) -> list[int]:
+        """Return the numbers of the generations."""
+        return _numbers(_GENERATION, list_names(self.fs, self.join("merge")))
+
+    def round_path(self, number: int, *names: str) -> str:
+        """Return a path of a round."""
+        return self.join("rounds", f"{number:04d}", *names)
+
+    def plan_path(self, number: int) -> str:
+        """Return the path of a round's plan."""
+        return self.round_path(number, "plan")
+
+    def rounds(self) -> list[RoundIndex]:
+        """Return the rounds that have a plan."""
+        numbers = _numbers(_NUMBER, list_names(self.fs, self.join("rounds")))
+        return [RoundIndex(n) for n in numbers if self.fs.exists(self.plan_path(n))]
+
+    def task_path(self, round_: int, task: int) -> str:
+        """Return the directory of an array task."""
+        return self.round_path(round_, "tasks", f"{task:05d}")
+
+    def attempt_path(self, ref: AttemptRef, *names: str) -> str:
+        """Return a path of an attempt."""
+        return os.path.join(self.task_path(ref.round, ref.task), f"e{ref.epoch:03d}", *names)
+
+    def logs_path(self, round_: int, *names: str) -> str:
+        """Return a path among a round's logs."""
+        return self.round_path(round_, "logs", *names)
+
+    def tasks(self, round_: int) -> list[TaskIndex]:
+        """Return the array tasks of a round that have started at least once."""
+        names = list_names(self.fs, self.round_path(round_, "tasks"))
+        return [TaskIndex(n) for n in _numbers(_NUMBER, names)]
+
+    def attempts(self, round_: int, task: int) -> list[AttemptRef]:
+        """Return the attempts of an array task, oldest first."""
+        names = list_names(self.fs, self.task_path(round_, task))
+        return [
+            AttemptRef(RoundIndex(round_), TaskIndex(task), Epoch(n))
+            for n in _numbers(_ATTEMPT, names)
+        ]
+
+    def all_attempts(self) -> Iterator[AttemptRef]:
+        """Yield every attempt of the run."""
+        for round_ in _numbers(_NUMBER, list_names(self.fs, self.join("rounds"))):
+            for task in self.tasks(round_):
+                yield from self.attempts(round_, task)
+
+    def segments(self, ref: AttemptRef) -> list[SegmentName]:
+        """Return an attempt's published segments, oldest first."""
+        names = list_names(self.fs, self.attempt_path(ref))
+        return [SegmentName(ref, name) for name in names if _SEGMENT.fullmatch(name)]
+
+    def segment_path(self, segment: SegmentName) -> str:
+        """Return the path of a segment."""
+        return self.attempt_path(segment.attempt, segment.name)
+
+    def allocate_attempt(self, round_: int, task: int) -> AttemptRef:
+        """Take the next epoch of an array task by exclusive create.
+
+        A lost reply costs one number, nothing else: an epoch is ours only if the create
+        succeeded here.
+
+        Raises:
+            SharedStorageError: The file system refused.
+        """
+        directory = self.task_path(round_, task)
+        try:
+            ensure_directory(self.fs, directory)
+            known = self.attempts(round_, task)
+            epoch = known[-1].epoch + 1 if known else 1
+            while True:
+                ref = AttemptRef(RoundIndex(round_), TaskIndex(task), Epoch(epoch))
+                try:
+                    self.fs.mkdir(self.attempt_path(ref))
+                except FileExistsError:
+                    epoch += 1
+                    continue
+                self.fs.sync_directory(directory)
+                # A file server that restarted before the sync has lost the name.
+                if self.fs.exists(self.attempt_path(ref)):
+                    return ref
+        except OSError as error:
+            raise SharedStorageError(
+                f"cannot allocate an attempt in {directory}: {error.strerror or error}. "
+                "Nothing ran yet. Check the run directory's file system, then submit again.",
+                path=directory,
+            ) from error
+
+    def newest_epoch(self, ref: AttemptRef) -> Epoch:
+        """Return the newest epoch of an attempt's array task that is visible here."""
+        return max((a.epoch for a in self.attempts(ref.round, ref.task)), default=ref.epoch)
+
+    def write_record(self, path: str, record: msgspec.Struct, *, label: str) -> Receipt:
+        """Publish a small record under a new name as JSON.
+
+        Raises:
+            FileExistsError: The name is taken.
+            SharedStorageError: The file system refused.
+        """
+        ensure_directory(self.fs, os.path.dirname(path))
+        data = msgspec.json.format(msgspec.json.encode(record)) + b"\n"
+        return publish(self.fs, path, [data], label=label, exclusive=True)
+
+    def read_record(self, path: str, record_type: type[RecordT]) -> RecordT | None:
+        """Return a small record; None where it does not exist or is not whole."""
+        try:
+            return msgspec.json.decode(self.fs.read(path), type=record_type)
+        except (FileNotFoundError, *DECODE_ERRORS):
+            return None
+
+    def attempt_info(self, ref: AttemptRef) -> AttemptInfo | None:
+        """Return who runs an attempt, once it has said so."""
+        return self.read_record(self.attempt_path(ref, "attempt.json"), AttemptInfo)
+
+    def outcome(self, ref: AttemptRef) -> Outcome | None:
+        """Return how an attempt ended, once it has."""
+        return self.read_record(self.attempt_path(ref, "outcome.json"), Outcome)
+
+    def job_records(self, round_: int) -> list[JobRecord]:
+        """Return what was submitted for a round."""
+        directory = self.round_path(round_, "jobs")
+        found = (
+            self.read_record(os.path.join(directory, name), JobRecord)
+            for name in list_names(self.fs, directory)
+        )
+        return [record for record in found if record is not None]
+
+    def claim_round(self, round_: int, owner: str) -> str:
+        """Claim a round for a job array and return the array that owns it.
+
+        The look-up by name before a second sbatch can be blind; this is not: the first
+        array that starts owns the round, and elements of any other end at once.
+        """
+        path = self.round_path(round_, "claim")
+        try:
+            publish(self.fs, path, [owner.encode()], label="claim", exclusive=True)
+        except FileExistsError:
+            return self.fs.read(path).decode()
+        return owner
+
+    def marks(self) -> list[tuple[int, str]]:
+        """Return the stop and resume marks, oldest first."""
+        names = list_names(self.fs, self.join("control"))
+        found = [match for name in names if (match := _MARK.fullmatch(name))]
+        return sorted((int(match[1]), match[2]) for match in found)
+
+    def stop_requested(self) -> bool:
+        """Tell whether the newest mark says stop."""
+        return self._newest_mark()[1] == "stop"
+
+    def set_mark(self, kind: str) -> None:
+        """Write a ``stop`` or ``resume`` mark, unless the newest one says so already.
+
+        Raises:
+            SharedStorageError: The file system refused.
+        """
+        number, newest = self._newest_mark()
+        if newest != kind:
+            path = self._mark_path(number + 1, kind)
+            publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
+
+    def _newest_mark(self) -> tuple[int, str]:
+        marks = self.marks()
+        number, newest = marks[-1] if marks else (0, "resume")
+        # A listing may be out of date; names that are looked up are less so.  Of a stop and a
+        # resume at one moment, stop counts.
+        while found := [
+            kind for kind in ("stop", "resume") if self.fs.exists(self._mark_path(number + 1, kind))
+        ]:
+            number, newest = number + 1, found[0]
+        return number, newest
+
+    def _mark_path(self, number: int, kind: str) -> str:
+        return self.join("control", f"{number:04d}-{kind}")
+
+
+def _publish_new(fs: FileSystem, path: str, data: bytes) -> None:
+    with contextlib.suppress(FileExistsError):
+        publish(fs, path, [data], label="record", exclusive=True)
+
+
+def check_owner(path: str | Path) -> None:
+    """Refuse a run directory that another user owns or can write.
+
+    Raises:
+        RunDirError: It belongs to somebody else, or group or others may write it.
+    """
+    status = os.stat(path)
+    if status.st_uid != os.geteuid():
+        raise RunDirError(
+            f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()}). "
+            "Code is loaded from a run directory, so only its owner may use it. "
+            "Start your own run with --run-dir.",
+            path=str(path),
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RunDirError(
+            f"{path} can be written by other users. "
+            "Code is loaded from a run directory, so they could run theirs as you. "
+            f"Run: chmod go-w {path}",
+            path=str(path),
+        )
+
+
+def probe_writable(path: str) -> None:
+    """Judge a directory by a write, fsync and rename, as modes alone do not tell.
+
+    Raises:
+        RunDirError: One of them was refused.
+    """
+    probe = os.path.join(path, f".probe-{os.getpid()}")
+    try:
+        publish(POSIX, probe, [b"probe"], label="probe")
+        os.unlink(probe)
+    except (OSError, HpcResumeError) as error:
+        raise RunDirError(
+            f"cannot write to {path}: {error}. Every result is published there. "
+            "Check the directory's owner, mode, space and quota, or give another --run-dir.",
+            path=path,
+        ) from error
+
+
+def fingerprint_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line per entry of a run's fingerprint that differs, by dotted name."""
+    changes: list[str] = []
+    _compare("", old, new, changes)
+    return changes
+
+
+def _compare(name: str, old: Any, new: Any, changes: list[str]) -> None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            inner = f"{name}.{key}" if name else str(key)
+            _compare(inner, old.get(key), new.get(key), changes)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, after) in enumerate(zip(old, new, strict=True)):
+            _compare(f"{name}[{number}]", before, after, changes)
+    elif old != new:
+        changes.append(f"{name}: {_short(old)} -> {_short(new)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(v, Mapping) and "name" in v for v in value):
+        value = [v["name"] for v in value]
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."

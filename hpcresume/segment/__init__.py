@@ -1,0 +1,1 @@
+"""Immutable published files: chunk frames, and the container with a verified footer."""

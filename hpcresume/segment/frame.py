@@ -1,0 +1,223 @@
+"""The chunk frame: what one chunk of sources completed, with its rows, as one byte string.
+
+::
+
+    u32 n | u32 bitmap length | u32 paths length | u32 files length |
+    bitmap | n x u32 row end | paths | files | rows | u32 CRC-32C of all before it
+
+``bitmap`` holds the indices of the ``n`` completed sources.  ``row end`` says, in index
+order, where each source's rows end within ``rows``; rows are lines that end in a newline, in
+item order within a source.  ``paths`` says which item each row is: ``=PATH`` where all rows
+have one path, else ``z`` and the deflated paths, one per row.  ``files`` is empty, or JSON
+``{source id: [[item path, name], ...]}`` of the files that belong to the sources.
+
+A frame is built once, in the worker, and never taken apart on its way: the ledger, the
+publisher and the merge step move it as bytes.  A segment is never merged in part, so rows
+have no checksum of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import google_crc32c
+import msgspec
+import orjson
+from pyroaring import BitMap
+
+from hpcresume.errors import CorruptDataError, InternalError
+from hpcresume.ids import ItemPath, decode_path, encode_path
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.container import DECODE_ERRORS
+
+_HEAD = struct.Struct("<IIII")
+_CRC = struct.Struct("<I")
+MAX_ROWS_BYTES = (1 << 32) - 1
+_MAX_PATHS_BYTES = 1 << 30
+_FILES = msgspec.json.Decoder(dict[str, list[tuple[str, str]]])
+
+
+@dataclass(slots=True)
+class FrameBuilder:
+    """Collects completed sources; :meth:`build` gives the frame.
+
+    Sources must be added in increasing index order.
+    """
+
+    indices: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    rows: list[bytes] = field(default_factory=list)
+    paths: list[ItemPath] = field(default_factory=list)
+    files: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    size_bytes: int = 0
+
+    def add(self, index: int, rows: Sequence[tuple[ItemPath, bytes]]) -> None:
+        """Add a completed source with its rows, in item order, each without a newline."""
+        for path, row in rows:
+            self.rows.append(row)
+            self.paths.append(path)
+            self.size_bytes += len(row) + 1
+        self.indices.append(index)
+        self.ends.append(self.size_bytes)
+
+    def add_files(self, source_id: str, files: Sequence[tuple[ItemPath, str]]) -> None:
+        """Record the files that belong to a source, by item and name."""
+        self.files[source_id] = [(encode_path(path), name) for path, name in files]
+
+    def build(self) -> bytes:
+        """Return the frame.
+
+        Raises:
+            CorruptDataError: The rows exceed what one frame can address (4 GiB).
+            InternalError: The sources were not added in increasing index order, so that
+                rows would be given to the wrong ones.
+        """
+        if not all(map(operator.lt, self.indices, itertools.islice(self.indices, 1, None))):
+            raise InternalError("sources must be added to a frame in increasing index order")
+        if self.size_bytes > MAX_ROWS_BYTES:
+            raise CorruptDataError(
+                f"{self.size_bytes} bytes of rows do not fit one chunk frame (4 GiB). "
+                "One source made more rows than can be recorded together. "
+                "Split it into several sources, or write files with ctx.output().",
+                size_bytes=self.size_bytes,
+            )
+        bitmap = bitmaps.dump(BitMap(self.indices))
+        paths = _encode_paths(self.paths)
+        files = orjson.dumps(self.files) if self.files else b""
+        n = len(self.indices)
+        head = _HEAD.pack(n, len(bitmap), len(paths), len(files))
+        ends = struct.pack(f"<{n}I", *self.ends)
+        rows = b"\n".join(self.rows) + b"\n" if self.rows else b""
+        body = b"".join((head, bitmap, ends, paths, files, rows))
+        return body + _CRC.pack(google_crc32c.value(body))
+
+
+def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
+    if not paths:
+        return b""
+    first = paths[0]
+    if all(path == first for path in paths):
+        return b"=" + encode_path(first).encode()
+    return b"z" + zlib.compress("\n".join(map(encode_path, paths)).encode(), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A verified frame.
+
+    Attributes:
+        completed: Indices of the completed sources.
+        rows: All rows, each ending in a newline.
+    """
+
+    completed: BitMap
+    rows: bytes
+    _ends: tuple[int, ...]
+    _paths: bytes
+    _files: bytes
+
+    def sources(self) -> Iterator[tuple[int, bytes]]:
+        """Yield each completed source's index and its rows, in index order."""
+        start = 0
+        for index, end in zip(self.completed, self._ends, strict=True):
+            yield index, self.rows[start:end]
+            start = end
+
+    def paths(self) -> list[ItemPath]:
+        """Return the item path of every row, in the order of ``rows``.
+
+        Raises:
+            CorruptDataError: There are none, or not one for each row.
+        """
+        count = self.rows.count(b"\n")
+        try:
+            found = _decode_paths(self._paths, count)
+        except (ValueError, zlib.error) as error:
+            raise _corrupt("item paths", str(error)) from error
+        if len(found) != count:
+            raise _corrupt("item paths", f"{len(found)} for {count} rows")
+        return found
+
+    def files(self) -> dict[str, list[tuple[str, str]]]:
+        """Return ``{source id: [(item path, name), ...]}``.
+
+        Raises:
+            CorruptDataError: They cannot be decoded.
+        """
+        if not self._files:
+            return {}
+        try:
+            return _FILES.decode(self._files)
+        except DECODE_ERRORS as error:
+            raise _corrupt("files of sources", str(error)) from error
+
+
+def _decode_paths(data: bytes, count: int) -> list[ItemPath]:
+    if not data:
+        return []
+    if data[:1] == b"=":
+        return [decode_path(data[1:].decode())] * count
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data[1:], _MAX_PATHS_BYTES).decode()
+    if data[:1] != b"z" or not inflate.eof:
+        raise ValueError("neither one path nor a whole list of them")
+    return [decode_path(line) for line in text.split("\n")]
+
+
+def check_frame(data: bytes, *, what: str) -> int:
+    """Verify a frame's CRC and lengths and return how many sources it completes.
+
+    Raises:
+        CorruptDataError: It is not a whole frame; ``what`` names where it came from.
+    """
+    if len(data) < _HEAD.size + _CRC.size:
+        raise _corrupt(what, f"{len(data)} bytes are too few")
+    if google_crc32c.value(data[: -_CRC.size]) != _CRC.unpack(data[-_CRC.size :])[0]:
+        raise _corrupt(what, "it fails its CRC")
+    n, bitmap_length, paths_length, files_length = _HEAD.unpack_from(data)
+    if _HEAD.size + bitmap_length + 4 * n + paths_length + files_length > len(data) - _CRC.size:
+        raise _corrupt(what, "its parts are longer than the frame")
+    return int(n)
+
+
+def decode_frame(data: bytes, *, what: str) -> Frame:
+    """Return a verified frame.
+
+    Raises:
+        CorruptDataError: It is not a whole frame; ``what`` names where it came from.
+    """
+    n = check_frame(data, what=what)
+    _, bitmap_length, paths_length, files_length = _HEAD.unpack_from(data)
+    at = _HEAD.size
+    completed = bitmaps.load(data[at : at + bitmap_length], what=what)
+    at += bitmap_length
+    ends = struct.unpack_from(f"<{n}I", data, at)
+    at += 4 * n
+    paths = data[at : at + paths_length]
+    at += paths_length
+    files = data[at : at + files_length]
+    rows = data[at + files_length : -_CRC.size]
+    increasing = all(a <= b for a, b in itertools.pairwise(ends))
+    if len(completed) != n or not increasing or (ends[-1] if ends else 0) != len(rows):
+        raise _corrupt(what, "its row table does not match its rows")
+    return Frame(completed, rows, ends, paths, files)
+
+
+def frame_bitmap(data: bytes, *, what: str) -> BitMap:
+    """Return the completed sources of a frame that was verified before."""
+    _, length, _, _ = _HEAD.unpack_from(data)
+    return bitmaps.load(data[_HEAD.size : _HEAD.size + length], what=what)
+
+
+def _corrupt(what: str, why: str) -> CorruptDataError:
+    return CorruptDataError(
+        f"{what}: not a whole chunk frame: {why}. "
+        "It is set aside and its sources are computed again.",
+        what=what,
+        why=why,
+    )

@@ -1,0 +1,229 @@
+"""The segment: the immutable, sealed unit that an attempt publishes.
+
+Blocks are chunk frames as the ledger held them, then one block of failure records if there
+are any.  The footer carries what merging needs (the completion bitmap, who wrote it) and what
+watching needs (counters per stage, progress), so both read the end of the file only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.errors import CorruptDataError
+from hpcresume.fs import FileSystem
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.container import (
+    DECODE_ERRORS,
+    Container,
+    encode_container,
+    open_container,
+)
+from hpcresume.segment.frame import Frame, decode_frame, frame_bitmap
+
+KIND = b"SEGM"
+
+
+class Writer(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Who wrote a segment, in the order in which winners are chosen."""
+
+    round: int
+    task: int
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"round {self.round}, task {self.task}, attempt {self.epoch}"
+
+
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One failed try of one source.
+
+    Attributes:
+        source: Index in the manifest.
+        source_id: Its id.
+        item: Id of the item that failed.
+        stage: Name of the stage.
+        kind: Exception type, ``Failed``, ``timeout`` or ``death``.
+        message: One line.
+        traceback: The traceback, or the tail of the worker's output.
+        attempt: Number of the try, from 1, over all writers.
+        retry: Whether the source may be tried again.
+    """
+
+    source: int
+    source_id: str
+    item: str
+    stage: str
+    kind: str
+    message: str
+    attempt: int
+    traceback: str = ""
+    retry: bool = True
+
+
+class StageCount(msgspec.Struct, array_like=True):
+    """What one stage did in one attempt: items in and out, dropped, failed; busy seconds."""
+
+    name: str
+    items_in: int = 0
+    items_out: int = 0
+    dropped: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How an attempt stands when it seals a segment.
+
+    Attributes:
+        elapsed_s: Seconds since the attempt's engine started.
+        written_at: Wall-clock seconds, for people only; nothing is decided by it.
+        in_flight: Sources handed to workers.
+        completed: Sources this attempt has committed so far.
+        failing: Sources that failed and will be tried again by this attempt.
+        left: Sources of the shard that are neither completed nor quarantined.
+        note: What the attempt waits for, empty when it works.
+    """
+
+    elapsed_s: float = 0.0
+    written_at: float = 0.0
+    in_flight: int = 0
+    completed: int = 0
+    failing: int = 0
+    left: int = 0
+    note: str = ""
+
+
+class SegmentFooter(msgspec.Struct):
+    """What a segment says of itself.
+
+    Attributes:
+        run_id: The run it belongs to.
+        writer: Round, task and epoch.
+        seq: Number of the segment within its attempt, from 1.
+        completed: Bitmap of the completed sources.
+        chunks: For every frame: first index, last index, number of sources.
+        has_failures: Whether the last block holds failure records.
+        suspects: Bitmaps of sources that were in flight when the driver died.
+        stages: Counters of the attempt so far.
+        stage_names: Names of the stages, for item ids.
+        progress: How the attempt stands.
+        code: Number of the code snapshot that ran.
+    """
+
+    run_id: str
+    writer: Writer
+    seq: int
+    completed: bytes
+    chunks: list[tuple[int, int, int]]
+    has_failures: bool
+    suspects: list[bytes]
+    stages: list[StageCount]
+    stage_names: list[str]
+    progress: Progress
+    code: int
+
+
+_FAILURES = msgspec.msgpack.Decoder(list[Failure])
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """An opened segment; its footer is verified, its body is not."""
+
+    container: Container[SegmentFooter]
+    completed: BitMap
+
+    @property
+    def footer(self) -> SegmentFooter:
+        """The verified footer."""
+        return self.container.footer
+
+    def frame_numbers(self) -> range:
+        """Return the block numbers that hold frames."""
+        return range(len(self.footer.chunks))
+
+    def frame(self, number: int) -> Frame:
+        """Return a frame, verified.
+
+        Raises:
+            CorruptDataError: The block or the frame fails its CRC, or it is another frame than
+                the footer says.
+        """
+        what = f"{self.container.path}, chunk {number}"
+        frame = decode_frame(self.container.read_block(number), what=what)
+        # A block that ends in its own CRC has the same CRC as every other such block.
+        if chunk_entry(frame.completed) != tuple(self.footer.chunks[number]):
+            raise CorruptDataError(
+                f"{what}: it holds other sources than the footer says. "
+                "It is set aside and its sources are computed again.",
+                path=self.container.path,
+            )
+        return frame
+
+    def failures(self) -> list[Failure]:
+        """Return the failure records, in the order they happened."""
+        if not self.footer.has_failures:
+            return []
+        data = self.container.read_block(len(self.container.blocks) - 1)
+        try:
+            return _FAILURES.decode(data)
+        except DECODE_ERRORS as error:
+            raise CorruptDataError(
+                f"{self.container.path}: its failure records cannot be decoded ({error}). "
+                "It is set aside and its sources are computed again.",
+                path=self.container.path,
+            ) from error
+
+
+def chunk_entry(sources: BitMap) -> tuple[int, int, int]:
+    """Return what the footer says of a frame: first and last source, and how many."""
+    return (sources.min(), sources.max(), len(sources)) if sources else (0, 0, 0)
+
+
+def encode_segment(
+    footer: SegmentFooter, frames: Iterable[bytes], failures: list[Failure]
+) -> Iterator[bytes]:
+    """Yield a segment's bytes; fills ``footer``'s bitmap and chunk table on the way."""
+
+    def blocks() -> Iterator[bytes]:
+        completed = BitMap()
+        for frame in frames:
+            sources = frame_bitmap(frame, what="a frame to be published")
+            footer.chunks.append(chunk_entry(sources))
+            completed |= sources
+            yield frame
+        footer.completed = bitmaps.dump(completed)
+        if failures:
+            footer.has_failures = True
+            yield msgspec.msgpack.encode(failures)
+
+    return encode_container(KIND, blocks(), footer)
+
+
+def open_segment(fs: FileSystem, path: str, *, run_id: str) -> Segment:
+    """Open a segment of a run and verify its footer.
+
+    Raises:
+        CorruptDataError: Not a whole segment, or one of another run.
+        OSError: The file cannot be read.
+    """
+    container = open_container(fs, path, KIND, SegmentFooter)
+    footer = container.footer
+    if footer.run_id != run_id:
+        raise CorruptDataError(
+            f"{path} belongs to run {footer.run_id}, not to {run_id}. "
+            "A file of another run was copied here. It is set aside.",
+            path=path,
+        )
+    frames = len(container.blocks) - int(footer.has_failures)
+    if frames != len(footer.chunks):
+        raise CorruptDataError(
+            f"{path}: {frames} chunks, but its footer lists {len(footer.chunks)}. "
+            "It is set aside and its sources are computed again.",
+            path=path,
+        )
+    return Segment(container, bitmaps.load(footer.completed, what=path))

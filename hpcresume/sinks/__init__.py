@@ -1,0 +1,1 @@
+"""Encoding of what the last stage produces, in the workers."""

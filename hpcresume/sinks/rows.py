@@ -1,0 +1,81 @@
+"""Rows: JSON values, one line each, encoded in the worker that made them.
+
+NaN and infinity have no JSON form and are errors; the encoder writes them as ``null``, so a
+line that holds ``null`` is looked at again.  Integers beyond 64 bits take a slower path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import orjson
+
+from hpcresume.errors import RowError
+
+_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+_WIDE_INTEGER = "Integer exceeds 64-bit range"
+
+
+def encode_row(value: Any) -> bytes:
+    """Return a value as one line of JSON, without the newline.
+
+    Raises:
+        RowError: JSON cannot hold the value; the message names the type or the number.
+    """
+    try:
+        row = orjson.dumps(value, _from_numpy, _OPTIONS)
+    except orjson.JSONEncodeError as error:
+        if str(error) == _WIDE_INTEGER:
+            return _encode_wide(value)
+        raise _row_error(str(error.__cause__ or error)) from error
+    if b"null" in row:
+        refuse_non_finite(value)
+    return row
+
+
+def _encode_wide(value: Any) -> bytes:
+    try:
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_from_numpy
+        )
+        return text.encode()
+    except (TypeError, ValueError) as error:
+        raise _row_error(str(error)) from error
+
+
+def _from_numpy(value: Any) -> Any:
+    """Convert a numpy scalar or array, without importing numpy."""
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        converted = value.tolist()
+        if type(converted).__module__ == "builtins":
+            return converted
+    raise TypeError(f"a value of type {type(value).__module__}.{type(value).__qualname__}")
+
+
+def refuse_non_finite(value: Any) -> None:
+    """Refuse NaN and infinity anywhere in a JSON value.
+
+    Raises:
+        RowError: There is one.
+    """
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _row_error(f"the number {value}")
+    elif isinstance(value, dict):
+        for inner in value.values():
+            refuse_non_finite(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            refuse_non_finite(inner)
+    elif hasattr(value, "tolist"):
+        refuse_non_finite(value.tolist())
+
+
+def _row_error(what: str) -> RowError:
+    return RowError(
+        f"a row holds what JSON cannot: {what}. Results are written as JSON lines. "
+        "Convert it in the last stage, or write a file with ctx.output().",
+        what=what,
+    )

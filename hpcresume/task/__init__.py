@@ -1,0 +1,1 @@
+"""One attempt of an array task: supervisor, driver and publisher, three processes."""

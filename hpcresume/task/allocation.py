@@ -1,0 +1,113 @@
+"""What Slurm, or the local launcher, has given this array task."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from hpcresume import slurm
+from hpcresume.errors import HpcResumeError
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Cores, memory and identity of this array task.
+
+    Attributes:
+        cpus: Cores it may use.
+        gpus: GPUs it may use.
+        memory_bytes: Memory of all its processes together.
+        element: How Slurm names it, ``<array>_<index>`` or ``<job>``; None off Slurm.
+        array_job_id: The array it belongs to; None off Slurm.
+        restart_count: How often Slurm restarted it.
+    """
+
+    cpus: int
+    gpus: int
+    memory_bytes: int
+    element: str | None = None
+    array_job_id: str | None = None
+    restart_count: int = 0
+
+
+def read_allocation(environ: Mapping[str, str]) -> Allocation:
+    """Return this task's allocation from its environment.
+
+    A node's size is not a job's: what Slurm says comes first, then the cores that this
+    process may run on.
+    """
+    cores = len(os.sched_getaffinity(0))
+    wanted = environ.get("HPCRESUME_CPUS") or environ.get("SLURM_CPUS_PER_TASK")
+    cpus = min(cores, int(wanted)) if wanted else cores
+    job = environ.get("SLURM_JOB_ID")
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return Allocation(
+        cpus=max(1, cpus),
+        gpus=_gpus(environ),
+        memory_bytes=_memory_bytes(environ, cpus),
+        element=f"{array}_{index}" if array and index else job,
+        array_job_id=array or job,
+        restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def _gpus(environ: Mapping[str, str]) -> int:
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    listed = [device for device in visible.split(",") if device.strip() not in {"", "-1"}]
+    numbers = re.findall(r"\d+$", environ.get("SLURM_GPUS_ON_NODE", ""))
+    return len(listed) or (int(numbers[0]) if numbers else 0)
+
+
+def _memory_bytes(environ: Mapping[str, str], cpus: int) -> int:
+    total = int(psutil.virtual_memory().total)
+    given = environ.get("HPCRESUME_MEMORY_BYTES")
+    if given:
+        return int(given)
+    node, per_cpu = environ.get("SLURM_MEM_PER_NODE"), environ.get("SLURM_MEM_PER_CPU")
+    mebibytes = int(node or 0) or int(per_cpu or 0) * cpus
+    if mebibytes:
+        return min(total, mebibytes << 20)
+    return max(1 << 30, total * cpus // max(1, os.cpu_count() or 1))
+
+
+def read_end_time(allocation: Allocation, environ: Mapping[str, str]) -> float | None:
+    """Return when the time limit ends this task, in monotonic seconds; None if unknown.
+
+    Slurm is asked first, since limits can be changed while the job runs.
+    """
+    end = _ask_end_time(allocation.element)
+    if end is None and environ.get("SLURM_JOB_END_TIME"):
+        end = float(environ["SLURM_JOB_END_TIME"])
+    return None if end is None else time.monotonic() + (end - time.time())
+
+
+def _ask_end_time(element: str | None) -> float | None:
+    if element is None:
+        return None
+    try:
+        jobs = slurm.show_job(element)
+    except HpcResumeError:
+        return None
+    return next((job.end_time for job in jobs if job.end_time is not None), None)
+
+
+def may_requeue_itself(allocation: Allocation) -> bool:
+    """Tell whether this element should requeue itself: Slurm still runs this very attempt.
+
+    A cancelled element is COMPLETING; one that Slurm or an administrator requeued has a
+    higher restart count.
+    """
+    if allocation.element is None:
+        return False
+    try:
+        jobs = slurm.show_job(allocation.element, timeout_s=5)
+    except HpcResumeError:
+        return False
+    return any(
+        job.state == "RUNNING" and (job.restarts or 0) == allocation.restart_count for job in jobs
+    )

@@ -1,0 +1,292 @@
+"""The driver: runs the engine over what is left of a shard and writes the ledger.
+
+It alone imports Ray.  It ignores the job's signals and takes orders over a pipe.  It may die
+at any moment without losing what it committed: the supervisor has the ledger published.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+from pyroaring import BitMap
+
+from hpcresume.engine.executor import Executor, Limits, StageBrokenError
+from hpcresume.engine.groups import Group, make_groups
+from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
+from hpcresume.engine.ray_environment import prepare_environment
+from hpcresume.engine.worker import WorkerSetup
+from hpcresume.errors import HpcResumeError, LocalStorageError, StageStartError
+from hpcresume.failpoints import failpoint
+from hpcresume.ledger.group_commit import GroupCommitter
+from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
+from hpcresume.pipeline.load import load_snapshot
+from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.run.directory import RunDir
+from hpcresume.run.manifest import Manifest
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.segment import Failure, Progress, Writer
+from hpcresume.task.feed import ShardFeed
+from hpcresume.task.messages import (
+    DRIVER_ORDERS,
+    AttemptSpec,
+    Channel,
+    DriverOrder,
+    Ended,
+    Hold,
+    Published,
+    Report,
+    Stop,
+    Work,
+)
+from hpcresume.task.process import die_with_parent, ignore_job_signals
+
+log = logging.getLogger(__name__)
+
+_REPORT_S = 0.2
+_STATE_S = 1.0
+_CLOSE_S = 5.0
+
+
+class LedgerListener:
+    """Hands what the executor decides to the ledger."""
+
+    def __init__(self, committer: GroupCommitter) -> None:
+        self._committer = committer
+        self.bytes_added = 0
+
+    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
+        """Mark a call as in flight."""
+        self._committer.mark(call, InFlight(sources, alone=alone).encode())
+
+    def ended(self, call: int) -> None:
+        """Take the mark away, with the results it led to."""
+        self._committer.add(unmark=call)
+
+    def completed(self, frame: bytes, sources: int) -> None:
+        """Add a chunk of completed sources."""
+        self.bytes_added += len(frame)
+        self._committer.add(frame=frame, sources=sources)
+
+    def failed(self, failure: Failure) -> None:
+        """Add a failure."""
+        self._committer.add(failures=[failure])
+
+
+class Driver:
+    """One attempt's engine and ledger."""
+
+    def __init__(self, spec: AttemptSpec, work: Work, channel: Channel) -> None:
+        self._spec, self._work, self._channel = spec, work, channel
+        self._deadline: float | None = None
+        self._stopping = False
+        self._start = time.monotonic()
+        self._next_report = self._next_state = 0.0
+        self._published_bytes = 0
+        self._sent_bytes: list[tuple[int, int]] = []
+
+    def run(self) -> Ended:
+        """Run until the shard is settled or the supervisor says stop."""
+        try:
+            pipeline = load_snapshot(Path(RunDir.open(self._spec.run).code_path(self._spec.code)))
+        except StageStartError as error:
+            return Ended("stage-start", str(error), 0)
+        return self._run(pipeline.pipeline)
+
+    def _run(self, pipeline: Pipeline) -> Ended:
+        spec = self._spec
+        run = RunDir.open(spec.run)
+        identity = LedgerIdentity(
+            run.run_id,
+            Writer(spec.round, spec.task, spec.epoch),
+            spec.code,
+            [stage.name for stage in pipeline.stages],
+        )
+        ledger = Ledger.create(spec.ledger, identity)
+        self._committer = GroupCommitter(ledger)
+        self._listener = LedgerListener(self._committer)
+        groups = make_groups(pipeline.stages, cpus=spec.cpus, workers=spec.workers)
+        sources = bitmaps.load(self._work.sources, what="the shard")
+        self._total = len(sources)
+        pool = self._make_pool(pipeline, groups, run)
+        self._executor = self._make_executor(pipeline, groups, pool, run, sources)
+        try:
+            self._executor.start()
+            settled = self._executor.run(self._tick)
+            kind, reason, stage = ("finished", "every source of the shard is settled", "")
+            if not settled:
+                kind, reason = "terminated", "stopped before the shard was settled"
+        except StageBrokenError as error:
+            kind, reason, stage = error.fields["kind"], str(error), error.fields["stage"]
+        except LocalStorageError as error:
+            kind, reason, stage = "storage", str(error), ""
+            return Ended(kind, reason, self._committer.committed_seq, stage)
+        self._write_state()
+        last = self._committer.flush()
+        self._report()
+        pool.close(_CLOSE_S)
+        return Ended(kind, reason, last, stage)
+
+    def _make_executor(
+        self, pipeline: Pipeline, groups: list[Group], pool: Pool, run: RunDir, sources: BitMap
+    ) -> Executor:
+        spec = self._spec
+        suspects = [bitmaps.load(g, what="suspects") & sources for g in self._work.suspects]
+        ordinary = sources - bitmaps.union(suspects)
+        return Executor(
+            groups,
+            pool,
+            ShardFeed(Manifest.open(run), ordinary),
+            self._listener,
+            Limits(
+                max_attempts=spec.max_attempts,
+                chunk_target_s=spec.chunk_target_s,
+                chunk_max=spec.chunk_max,
+            ),
+            attempts=self._work.attempts,
+            suspects=suspects,
+            has_sink=pipeline.sink is not None,
+        )
+
+    def _make_pool(self, pipeline: Pipeline, groups: list[Group], run: RunDir) -> Pool:
+        spec = self._spec
+        scratch, outputs = os.path.join(spec.local, "scratch"), spec.outputs
+        if spec.engine == "inline":
+            return InlinePool(
+                pipeline,
+                groups,
+                run_id=run.run_id,
+                scratch=Path(scratch),
+                outputs=Path(outputs),
+                seconds_left=lambda: None,
+            )
+        # Ray reads its settings when it is imported.
+        prepare_environment()
+        from hpcresume.engine.head import HeadResources, RayHead
+        from hpcresume.engine.ray_pool import RayPool
+
+        head = RayHead(spec.ray_temp, HeadResources(spec.cpus, spec.gpus, spec.memory_bytes))
+        failpoint("driver.after_ray_init")
+
+        def make_setup(group: Group, index: int, mark: str) -> WorkerSetup:
+            return WorkerSetup(
+                code=run.code_path(spec.code),
+                run_id=run.run_id,
+                first=group.first,
+                count=len(group.stages),
+                index=index,
+                cpus=group.cpus,
+                gpus=group.gpus,
+                scratch=scratch,
+                outputs=outputs,
+                mark=mark,
+                deadline=self._deadline,
+            )
+
+        return RayPool(
+            groups,
+            make_setup=make_setup,
+            marks=os.path.join(spec.local, "marks"),
+            check=head.check,
+        )
+
+    def _tick(self) -> bool:
+        for order in self._channel.receive(DRIVER_ORDERS):
+            self._obey(order)
+        if self._channel.closed:
+            return False
+        now = time.monotonic()
+        if now >= self._next_report:
+            self._next_report = now + _REPORT_S
+            self._executor.flush_completed()
+            self._report()
+        if now >= self._next_state:
+            self._next_state = now + _STATE_S
+            self._write_state()
+        return self._deadline is None or now < self._deadline
+
+    def _obey(self, order: DriverOrder) -> None:
+        if isinstance(order, Stop):
+            self._deadline = order.deadline
+            self._executor.stop()
+        elif isinstance(order, Hold):
+            self._executor.hold(order.on)
+        else:
+            self._committer.release(order.last)
+            self._note_receipt(order)
+
+    def _note_receipt(self, order: Published) -> None:
+        while self._sent_bytes and self._sent_bytes[0][0] <= order.last:
+            self._published_bytes = self._sent_bytes.pop(0)[1]
+
+    def _left(self) -> int:
+        return self._total - self._executor.completed - self._executor.quarantined
+
+    def _report(self) -> None:
+        executor, committer = self._executor, self._committer
+        last = committer.committed_seq
+        if not self._sent_bytes or self._sent_bytes[-1][0] < last:
+            self._sent_bytes.append((last, self._listener.bytes_added))
+        self._channel.send(
+            Report(
+                last=last,
+                committed=committer.committed_sources,
+                unpublished_bytes=self._listener.bytes_added - self._published_bytes,
+                in_flight=executor.in_flight,
+                failing=executor.failing,
+                quarantined=executor.quarantined,
+                left=self._left(),
+                ready=executor.ready,
+            )
+        )
+
+    def _write_state(self) -> None:
+        executor = self._executor
+        progress = Progress(
+            elapsed_s=time.monotonic() - self._start,
+            written_at=time.time(),
+            in_flight=executor.in_flight,
+            completed=executor.completed,
+            failing=executor.failing,
+            left=self._left(),
+        )
+        self._committer.add(state=LedgerState(executor.counts(), progress))
+
+
+def main(argv: list[str]) -> None:
+    """Run one attempt's driver; never returns."""
+    spec_path, read_fd, write_fd, parent = argv[1], int(argv[2]), int(argv[3]), int(argv[4])
+    ignore_job_signals()
+    die_with_parent(parent)
+    os.umask(0o077)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="hpcresume driver: %(message)s"
+    )
+    with open(spec_path, "rb") as file:
+        spec = msgspec.json.decode(file.read(), type=AttemptSpec)
+    with open(os.path.join(spec.local, "work"), "rb") as file:
+        work = msgspec.msgpack.decode(file.read(), type=Work)
+    channel = Channel(read_fd, write_fd)
+    status = 0
+    try:
+        channel.send(Driver(spec, work, channel).run())
+    except EngineDiedError as error:
+        log.error("%s", error)  # noqa: TRY400  # the trace would be Ray's, not the user's
+        status = error.exit_code
+    except HpcResumeError as error:
+        channel.send(Ended("storage", str(error), 0))
+        status = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Ray's own shutdown takes a second and more; its processes end with this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,642 @@
+"""The supervisor: signals, deadlines and the exit code of one attempt of an array task.
+
+It is the process that Slurm signals.  It never imports Ray, never opens the ledger and,
+once the work has begun, never touches the run directory: the driver computes, the publisher
+publishes, and both may die or hang without taking this process with them.
+
+Order of events: stop mark, claim of the round, what is left of the shard, epoch, node-local
+directory, recovery of dead attempts on this node, driver; then orders and reports until the
+driver ends; final publication, outcome, end of every descendant, removal of the node-local
+directory, requeue of this element where that is its own business, exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType
+
+import msgspec
+
+from hpcresume import slurm
+from hpcresume.config.settings import Settings
+from hpcresume.errors import EXIT_SAVED, HpcResumeError
+from hpcresume.failpoints import failpoint
+from hpcresume.merge.generation import read_task_union
+from hpcresume.merge.plan import open_plan
+from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
+from hpcresume.segment import bitmap as bitmaps
+from hpcresume.task.allocation import (
+    may_requeue_itself,
+    read_allocation,
+    read_end_time,
+)
+from hpcresume.task.messages import (
+    DRIVER_REPORTS,
+    PUBLISHER_REPORTS,
+    AttemptSpec,
+    DriverReport,
+    Ended,
+    Hold,
+    OutcomeWritten,
+    Publish,
+    Published,
+    PublisherReport,
+    Receipt,
+    Recover,
+    Recovered,
+    Refused,
+    Report,
+    Stop,
+    Work,
+    WriteOutcome,
+)
+from hpcresume.task.process import (
+    ATTEMPT_VARIABLE,
+    Child,
+    adopt_orphans,
+    end_descendants,
+    start_child,
+)
+from hpcresume.task.scratch import (
+    Scratch,
+    choose_local,
+    dead_attempts,
+    end_dead,
+    make_scratch,
+    sweep,
+)
+
+_TICK_S = 0.5
+_RECOVER_S = 120.0
+_FINAL_PUBLISH_S = 600.0
+_END_DESCENDANTS_S = 5.0
+_MARGIN_S = 3.0
+_MAX_BACKOFF_S = 30.0
+_HUNG_S = 60.0
+_DRIVER_OOM_SCORE, _PUBLISHER_OOM_SCORE = 500, 200
+EXIT_BROKEN = 76
+
+
+def say(text: str) -> None:
+    """Write a line to the array task's log."""
+    print(f"hpcresume: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class _Signals:
+    """What has been signalled; the handlers set flags and do nothing else."""
+
+    wake_read: int
+    terminate: bool = False
+    look_at_time: bool = False
+
+    @classmethod
+    def install(cls) -> _Signals:
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        os.set_blocking(write, False)
+        flags = cls(read)
+
+        def terminate(_number: int, _frame: FrameType | None) -> None:
+            flags.terminate = True
+
+        def look(_number: int, _frame: FrameType | None) -> None:
+            flags.look_at_time = True
+
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, terminate)
+        signal.signal(signal.SIGUSR2, look)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        return flags
+
+
+@dataclass(slots=True)
+class _Publishing:
+    """How publication stands."""
+
+    receipt: int = 0
+    sources: int = 0
+    seq: int = 0
+    in_flight_since: float | None = None
+    last_at: float = 0.0
+    unpublished_since: float | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    holding: bool = False
+    damaged: bool = False
+
+
+@dataclass(slots=True)
+class _State:
+    report: Report | None = None
+    ended: Ended | None = None
+    driver_died: str | None = None
+    stop_kind: str | None = None
+    stop_reason: str = ""
+    stop_deadline: float = float("inf")
+    superseded: int = 0
+    publishing: _Publishing = field(default_factory=_Publishing)
+
+
+class Supervisor:
+    """One attempt of one array task."""
+
+    def __init__(self, run: RunDir, round_: int, task: int, environ: Mapping[str, str]) -> None:
+        self._run, self._round, self._task, self._environ = run, round_, task, environ
+        self._plan = open_plan(run, round_)
+        self._settings = msgspec.convert(self._plan.footer.settings, Settings)
+        self._allocation = read_allocation(environ)
+        self._state = _State()
+        self._signals = _Signals.install()
+        self._end_time: float | None = None
+        self._time_known = threading.Event()
+        self._start = time.monotonic()
+        self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
+
+    def run(self) -> int:
+        """Run the attempt and return the exit status."""
+        if self._run.stop_requested():
+            say("the run holds a stop mark; nothing is started")
+            return 0
+        owner = self._claim()
+        if owner is not None:
+            say(f"round {self._round} belongs to job array {owner}; nothing is started")
+            return 0
+        if not self._work():
+            say("nothing is left of this shard")
+            return 0
+        ref = self._run.allocate_attempt(self._round, self._task)
+        try:
+            scratch = self._prepare(ref)
+        except HpcResumeError as error:
+            return self._cannot_start(ref, error)
+        return self._supervise(ref, scratch)
+
+    def _claim(self) -> str | None:
+        """Return the array that owns the round, where it is not this one."""
+        mine = self._allocation.array_job_id
+        if mine is None:
+            return None
+        owner = self._run.claim_round(self._round, mine)
+        return None if owner == mine else owner
+
+    def _work(self) -> Work | None:
+        """Return what is left of the shard, None when that is nothing."""
+        shard = self._plan.shard(self._task)
+        limit = self._settings.run.max_attempts
+        union = read_task_union(self._run, self._round, self._task, max_attempts=limit)
+        attempts = dict(shard.attempts)
+        for source, failures in union.attempts().items():
+            attempts[source] = attempts.get(source, 0) + failures
+        exhausted = {source for source, count in attempts.items() if count >= limit}
+        left = shard.bitmap() - union.settled()
+        left -= type(left)(exhausted & set(union.attempts()))
+        if not left:
+            return None
+        suspects = shard.suspects + [bitmaps.dump(group) for group in union.open_suspects()]
+        return Work(bitmaps.dump(left), attempts, suspects)
+
+    def _prepare(self, ref: AttemptRef) -> Scratch:
+        info = AttemptInfo(
+            nonce=secrets.token_hex(8),
+            host=socket.gethostname(),
+            boot_id=_boot_id(),
+            pid=os.getpid(),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            cpus=self._allocation.cpus,
+            job_id=self._allocation.element,
+            array_job_id=self._allocation.array_job_id,
+            restart_count=self._allocation.restart_count,
+        )
+        self._run.write_record(self._run.attempt_path(ref, "attempt.json"), info, label="attempt")
+        task, site = self._settings.task, self._settings.site
+        self._local = choose_local(task.local_dir, site.node_local, self._environ)
+        name = f"{ref.round}-{ref.task}-{ref.epoch}"
+        attempt = f"{self._run.run_id}-{name}"
+        scratch = make_scratch(self._local, run_id=self._run.run_id, name=name, attempt=attempt)
+        os.environ[ATTEMPT_VARIABLE] = attempt
+        self._spec_path = os.path.join(scratch.path, "spec.json")
+        _write_private(self._spec_path, msgspec.json.encode(self._make_spec(ref, scratch)))
+        say(f"round {ref.round}, task {ref.task}, attempt {ref.epoch} on {info.host}")
+        return scratch
+
+    def _make_spec(self, ref: AttemptRef, scratch: Scratch) -> AttemptSpec:
+        task, allocation = self._settings.task, self._allocation
+        return AttemptSpec(
+            run=os.path.abspath(self._run.path),
+            round=ref.round,
+            task=ref.task,
+            epoch=ref.epoch,
+            local=scratch.path,
+            ray_temp=scratch.ray_temp,
+            code=self._plan.footer.code,
+            cpus=allocation.cpus,
+            gpus=allocation.gpus,
+            memory_bytes=allocation.memory_bytes,
+            engine=task.engine,
+            workers=task.workers,
+            max_attempts=self._settings.run.max_attempts,
+            chunk_target_s=task.chunk_target_s,
+            chunk_max=task.chunk_max_sources,
+        )
+
+    def _cannot_start(self, ref: AttemptRef, error: HpcResumeError) -> int:
+        say(f"this attempt cannot start here: {error}")
+        outcome = Outcome("broken", str(error), "storage", elapsed_s=self._elapsed())
+        path = self._run.attempt_path(ref, "outcome.json")
+        self._run.write_record(path, outcome, label="outcome")
+        return error.exit_code
+
+    def _elapsed(self) -> float:
+        return round(time.monotonic() - self._start, 3)
+
+    def _supervise(self, ref: AttemptRef, scratch: Scratch) -> int:
+        adopt_orphans()
+        self._ref, self._scratch = ref, scratch
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._signals.wake_read, selectors.EVENT_READ)
+        self._publisher = self._start_publisher()
+        self._recover_dead()
+        work = self._work()
+        if work is None:
+            self._state.ended = Ended("finished", "an earlier attempt had done it all", 0)
+            return self._finish()
+        _write_private(os.path.join(scratch.path, "work"), msgspec.msgpack.encode(work))
+        failpoint("supervisor.before_driver")
+        self._driver = start_child(
+            "hpcresume.task.driver", self._spec_path, oom_score=_DRIVER_OOM_SCORE
+        )
+        self._selector.register(self._driver.channel.read_fd, selectors.EVENT_READ)
+        self._look_at_time()
+        while not self._is_over():
+            self._step()
+        return self._finish()
+
+    def _start_publisher(self) -> Child:
+        child = start_child(
+            "hpcresume.task.publisher", self._spec_path, oom_score=_PUBLISHER_OOM_SCORE
+        )
+        self._selector.register(child.channel.read_fd, selectors.EVENT_READ)
+        return child
+
+    def _recover_dead(self) -> None:
+        """Publish and sweep what dead attempts of this run left on this node."""
+        for directory in dead_attempts(self._local, run_id=self._run.run_id):
+            end_dead(directory)
+            self._publisher.channel.send(Recover(directory))
+            answer = self._await(_RECOVER_S)
+            if isinstance(answer, Recovered):
+                say(f"recovered {answer.sources} sources of a dead attempt in {directory}")
+                sweep(directory)
+            else:
+                why = answer.reason if isinstance(answer, Refused) else "no answer in time"
+                say(f"could not recover {directory}: {why}")
+
+    def _await(self, timeout_s: float) -> PublisherReport | None:
+        """Return the publisher's next report, None when it does not come in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and not self._publisher.channel.closed:
+            self._wait(min(_TICK_S, deadline - time.monotonic()))
+            reports = self._publisher.channel.receive(PUBLISHER_REPORTS)
+            if reports:
+                return reports[-1]
+        return None
+
+    def _wait(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(max(0.0, timeout_s)):
+            if key.fd == self._signals.wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(key.fd, 4096)
+
+    def _step(self) -> None:
+        self._wait(_TICK_S)
+        self._heed_signals()
+        for report in self._driver.channel.receive(DRIVER_REPORTS):
+            self._hear_driver(report)
+        if self._driver.channel.closed:
+            self._note_driver_end()
+        self._serve_publisher()
+        self._tell_parent()
+
+    def _is_over(self) -> bool:
+        state = self._state
+        if state.ended is not None or state.driver_died is not None:
+            return True
+        return time.monotonic() > state.stop_deadline + _MARGIN_S
+
+    def _heed_signals(self) -> None:
+        if self._signals.terminate and self._state.stop_kind is None:
+            self._stop("terminated", "SIGTERM", self._settings.task.drain_s)
+        if self._signals.look_at_time:
+            self._signals.look_at_time = False
+            self._look_at_time(signalled=True)
+        if self._time_known.is_set() and self._end_time is not None:
+            budget = self._settings.task.drain_s + 2 * _MARGIN_S
+            left = self._end_time - time.monotonic()
+            if left < budget and self._state.stop_kind is None:
+                self._stop("time-limit", "the time limit is near", max(1.0, left - 2 * _MARGIN_S))
+
+    def _look_at_time(self, *, signalled: bool = False) -> None:
+        """Ask Slurm, beside everything else, when the time limit ends this task.
+
+        USR2 is a reason to ask again, not to stop: it comes up to a minute early, and limits
+        can be changed.  Where nobody knows the end, USR2 stops.
+        """
+        if self._allocation.element is None:
+            if signalled:
+                self._stop("time-limit", "SIGUSR2", self._settings.task.drain_s)
+            return
+
+        def ask() -> None:
+            end = read_end_time(self._allocation, self._environ)
+            if end is None and signalled:
+                end = time.monotonic()
+            self._end_time = end
+            self._time_known.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    def _stop(self, kind: str, reason: str, drain_s: float) -> None:
+        state = self._state
+        if state.stop_kind is not None:
+            return
+        state.stop_kind, state.stop_reason = kind, reason
+        state.stop_deadline = time.monotonic() + drain_s
+        say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
+        # Half of the budget is for what runs, half for publishing what it leads to.
+        self._driver.channel.send(Stop(time.monotonic() + drain_s / 2))
+
+    def _hear_driver(self, report: DriverReport) -> None:
+        if isinstance(report, Ended):
+            self._state.ended = report
+            return
+        self._state.report = report
+        publishing = self._state.publishing
+        if report.last > publishing.receipt and publishing.unpublished_since is None:
+            publishing.unpublished_since = time.monotonic()
+
+    def _note_driver_end(self) -> None:
+        if self._state.ended is None:
+            with contextlib.suppress(Exception):
+                self._driver.process.wait(timeout=5)
+            self._state.driver_died = f"the driver {self._driver.describe_end()}"
+            say(self._state.driver_died)
+
+    def _serve_publisher(self) -> None:
+        for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
+            self._hear_publisher(report)
+        publishing, now = self._state.publishing, time.monotonic()
+        if self._publisher.channel.closed:
+            say(f"the publisher {self._publisher.describe_end()}; another one is started")
+            self._replace_publisher()
+        elif publishing.in_flight_since and now - publishing.in_flight_since > _HUNG_S:
+            say("shared storage does not answer; the publisher is left behind")
+            self._publisher.kill()
+            self._replace_publisher()
+        idle = publishing.in_flight_since is None and now >= publishing.retry_at
+        if idle and self._is_due(now):
+            self._order_publication()
+        self._hold_if_at_risk(now)
+
+    def _replace_publisher(self) -> None:
+        self._selector.unregister(self._publisher.channel.read_fd)
+        self._publisher.channel.close()
+        self._publisher = self._start_publisher()
+        self._note_refusal()
+
+    def _note_refusal(self) -> None:
+        publishing = self._state.publishing
+        publishing.in_flight_since = None
+        publishing.failures += 1
+        backoff = min(_MAX_BACKOFF_S, 0.5 * 2**publishing.failures)
+        publishing.retry_at = time.monotonic() + backoff
+
+    def _is_due(self, now: float) -> bool:
+        sync, publishing, report = self._settings.sync, self._state.publishing, self._state.report
+        if report is None:
+            return False
+        if report.unpublished_bytes >= sync.max_bytes:
+            return True
+        at_risk = report.committed - publishing.sources
+        if sync.max_records and at_risk >= sync.max_records:
+            return True
+        if publishing.seq == 0:
+            since = publishing.unpublished_since
+            return since is not None and now - since >= min(sync.first_age_s, sync.max_age_s)
+        return now - publishing.last_at >= sync.max_age_s
+
+    def _order_publication(self, *, driver_died: bool = False) -> None:
+        publishing = self._state.publishing
+        publishing.seq += 1
+        publishing.in_flight_since = time.monotonic()
+        self._publisher.channel.send(
+            Publish(publishing.receipt, publishing.seq, self._settings.sync.max_bytes, driver_died)
+        )
+
+    def _hear_publisher(self, report: PublisherReport) -> None:
+        publishing = self._state.publishing
+        if isinstance(report, Refused):
+            say(f"cannot publish: {report.reason}")
+            publishing.damaged = publishing.damaged or report.damaged
+            self._note_refusal()
+        elif isinstance(report, Receipt):
+            self._take_receipt(report)
+
+    def _take_receipt(self, report: Receipt) -> None:
+        publishing, now = self._state.publishing, time.monotonic()
+        publishing.in_flight_since, publishing.last_at = None, now
+        publishing.failures, publishing.receipt = 0, report.last
+        publishing.sources += report.sources
+        known = self._state.report
+        more = known is not None and known.last > report.last
+        publishing.unpublished_since = now if more else None
+        if hasattr(self, "_driver"):
+            self._driver.channel.send(Published(report.last))
+            if report.newest_epoch > self._ref.epoch:
+                self._state.superseded = report.newest_epoch
+                self._stop("superseded", f"attempt {report.newest_epoch} has started", 2 * _TICK_S)
+            if report.stop:
+                self._stop("stopped", "the run holds a stop mark", self._settings.task.drain_s)
+
+    def _hold_if_at_risk(self, now: float) -> None:
+        """Take no more sources while what is committed cannot be published."""
+        publishing = self._state.publishing
+        since, hung = publishing.unpublished_since, publishing.in_flight_since
+        late = since is not None and now - since > 2 * self._settings.sync.max_age_s
+        stuck = publishing.failures > 0 or (hung is not None and now - hung > _HUNG_S / 2)
+        hold = late and stuck
+        if hold != publishing.holding:
+            publishing.holding = hold
+            say("too much is unpublished; no sources are taken" if hold else "publishing again")
+            self._driver.channel.send(Hold(hold))
+
+    def _tell_parent(self) -> None:
+        """Send progress to the launcher, where one watches."""
+        if self._progress_fd >= 0 and self._state.report is not None:
+            data = msgspec.json.encode(
+                {"task": self._task, **msgspec.to_builtins(self._state.report)}
+            )
+            try:
+                os.write(self._progress_fd, data + b"\n")
+            except OSError:
+                self._progress_fd = -1
+
+    def _finish(self) -> int:
+        """Publish the rest, write the outcome, leave nothing behind; return the exit status."""
+        state = self._state
+        started = hasattr(self, "_driver")
+        if state.ended is None and state.driver_died is None:
+            # It did not drain in time: what it committed is published without it.
+            self._driver.kill()
+            with contextlib.suppress(Exception):
+                self._driver.process.wait(timeout=_MARGIN_S)
+        published = self._publish_rest() if started else True
+        outcome = self._make_outcome(published=published)
+        say(f"{outcome.state}: {outcome.reason}")
+        self._publisher.channel.send(WriteOutcome(outcome))
+        answer = self._await(self._budget_s(_RECOVER_S))
+        if not isinstance(answer, OutcomeWritten):
+            say("the outcome could not be written")
+        self._tell_parent()
+        stuck = end_descendants(_END_DESCENDANTS_S)
+        if stuck:
+            say(f"processes blocked in the kernel are left behind: {stuck}")
+        if published:
+            self._scratch.remove()
+        if outcome.state in {"done", "superseded"}:
+            return 0
+        if outcome.state == "broken":
+            return EXIT_BROKEN
+        self._requeue_if_ours(outcome)
+        return EXIT_SAVED
+
+    def _budget_s(self, at_most_s: float) -> float:
+        """Return how long something may still take before Slurm ends this process."""
+        state = self._state
+        if state.stop_kind is None:
+            return at_most_s
+        return min(at_most_s, max(_MARGIN_S, state.stop_deadline + _MARGIN_S - time.monotonic()))
+
+    def _publish_rest(self) -> bool:
+        """Publish until nothing is left or time is up; return whether nothing is left."""
+        state, publishing = self._state, self._state.publishing
+        died = state.ended is None
+        deadline = time.monotonic() + self._budget_s(_FINAL_PUBLISH_S)
+        last_size = -1
+        while time.monotonic() < deadline and not publishing.damaged:
+            if publishing.in_flight_since is None and time.monotonic() >= publishing.retry_at:
+                if self._is_published(last_size, died=died):
+                    return True
+                last_size = publishing.receipt if publishing.failures == 0 else -1
+                self._order_publication(driver_died=died)
+            self._wait(min(_TICK_S, max(0.01, publishing.retry_at - time.monotonic())))
+            for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
+                self._hear_publisher(report)
+            if self._publisher.channel.closed:
+                self._replace_publisher()
+        return False
+
+    def _is_published(self, before: int, *, died: bool) -> bool:
+        """Tell whether the last receipt covers everything that the ledger holds."""
+        publishing = self._state.publishing
+        if self._state.ended is not None and not died:
+            has_any = publishing.seq > 0 or self._state.ended.last > 0
+            return publishing.receipt >= self._state.ended.last and has_any and before >= 0
+        # A dead driver cannot say how much it committed: a publication that adds nothing can.
+        return before >= 0 and publishing.receipt == before
+
+    def _make_outcome(self, *, published: bool) -> Outcome:
+        state = self._state
+        ended = state.ended
+        kind, reason, stage = "driver-died", state.driver_died or "", ""
+        if ended is not None:
+            kind, reason, stage = ended.kind, ended.reason, ended.stage
+        elif state.driver_died is None:
+            kind, reason = "terminated", "it did not drain in time"
+        if state.stop_kind is not None and kind in {"terminated", "driver-died"}:
+            kind, reason = state.stop_kind, state.stop_reason
+        if not published:
+            name, reason = "lost", f"{reason}; not everything could be published"
+        elif kind == "finished":
+            name = "done"
+        elif kind in {"stage-broken", "stage-start", "storage"}:
+            name = "broken"
+        else:
+            name = "superseded" if kind == "superseded" else "saved"
+        return Outcome(name, reason, kind, stage, state.publishing.sources, self._elapsed())
+
+    def _requeue_if_ours(self, outcome: Outcome) -> None:
+        """Requeue this element after a stop that Slurm will not restart by itself.
+
+        Only with progress: without any, the merge step decides, so no element is requeued
+        for ever.  A stop mark, a cancellation and a newer attempt all forbid it.
+        """
+        wanted = outcome.kind in {"terminated", "time-limit", "driver-died"}
+        if not (wanted and outcome.completed and self._settings.site.requeue):
+            return
+        if self._run.stop_requested() or not may_requeue_itself(self._allocation):
+            return
+        assert self._allocation.element is not None
+        try:
+            slurm.requeue(self._allocation.element)
+            say(f"requeued {self._allocation.element}")
+        except HpcResumeError as error:
+            say(f"not requeued, the merge step takes over: {error}")
+
+
+def _write_private(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+
+
+def _boot_id() -> str:
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f,
+    ):
+        return f.read().strip()
+    return ""
+
+
+def run_task(path: str, round_: int, task: int, environ: Mapping[str, str]) -> int:
+    """Run one attempt of an array task in this process and return its exit status."""
+    os.umask(0o077)
+    return Supervisor(RunDir.open(path), round_, task, environ).run()
+
+
+def run_element(argument: str) -> None:
+    """Run this element of a job array; what submitit calls, with ``<round> <run directory>``.
+
+    Never returns: submitit would write a result file and call it success.
+    """
+    round_, _, path = argument.partition(" ")
+    _exit_with(lambda: run_task(path, int(round_), int(os.environ["HPCRESUME_TASK"]), os.environ))
+
+
+def _exit_with(action: Callable[[], int]) -> None:
+    try:
+        status = action()
+    except HpcResumeError as error:
+        say(str(error))
+        status = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _exit_with(lambda: run_task(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), os.environ))

@@ -1,0 +1,30 @@
+"""A real Slurm on one machine: nodes with their own disks, preemption, accounting, failures.
+
+It is made of the distribution's own daemons, needs root, and touches nothing outside its
+directory but ``/sys/fs/cgroup``.  Any number of testbeds run side by side.
+"""
+
+from hpcresume.testbed.lifecycle import (
+    NodeStatus,
+    Testbed,
+    down,
+    fail_node,
+    preempt,
+    restore_node,
+    status,
+    up,
+)
+from hpcresume.testbed.packages import install, require
+
+__all__ = [
+    "NodeStatus",
+    "Testbed",
+    "down",
+    "fail_node",
+    "install",
+    "preempt",
+    "require",
+    "restore_node",
+    "status",
+    "up",
+]

@@ -1,0 +1,19 @@
+"""Fixtures of the end-to-end tests: real Slurm clusters, shared by the session."""
+
+from tests.support.cluster import (
+    cgroup_cluster,
+    each_cluster,
+    linuxproc_cluster,
+    shared_cgroup_cluster,
+    shared_linuxproc_cluster,
+    slurm_cluster,
+)
+
+__all__ = [
+    "cgroup_cluster",
+    "each_cluster",
+    "linuxproc_cluster",
+    "shared_cgroup_cluster",
+    "shared_linuxproc_cluster",
+    "slurm_cluster",
+]

@@ -1,0 +1,241 @@
+"""The command itself: help, errors and exit codes, imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import click
+import pytest
+
+import hpcresume.cli as cli_module
+from hpcresume.cli.common import human_bytes, human_count, human_duration, human_rate, last_run
+from hpcresume.errors import InternalError, LocalStorageError, UsageError
+from tests.support.runs import make_run
+
+HEAVY = ("ray", "submitit", "pyarrow", "jinja2", "rich", "lmdb", "psutil", "cloudpickle")
+
+
+def run_python(code):
+    """Run code in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Install a command `status` that raises what it is given."""
+
+    def install(error):
+        @click.command()
+        def status():
+            raise error
+
+        module = types.ModuleType("raising_command")
+        module.status = status
+        monkeypatch.setitem(sys.modules, "raising_command", module)
+        monkeypatch.setitem(cli_module.COMMANDS, "status", ("raising_command:status", "Raise."))
+
+    return install
+
+
+def test_help_lists_every_command_without_importing_any():
+    """`hpcresume --help` names the commands and imports neither them nor anything heavy."""
+    loaded = run_python(
+        "import sys, click\n"
+        "from hpcresume.cli import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *sys.modules)"
+    )
+    text, _, modules = loaded.partition("LOADED")
+
+    assert [] == [name for name in cli_module.COMMANDS if f"\n  {name} " not in text]
+    own = {name for name in modules.split() if name.startswith("hpcresume.")}
+    assert {"hpcresume.cli", "hpcresume.errors"} == own
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "failures", "collect", "logs", "cancel", "clean", "completion"]
+)
+def test_commands_show_an_example_and_import_nothing_heavy(command):
+    """Every command's help has an example; importing it stays fast."""
+    loaded = run_python(
+        "import sys\n"
+        "from hpcresume.cli import cli\n"
+        f"try: cli.main(['{command}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *sys.modules)"
+    )
+    text, _, modules = loaded.partition("LOADED")
+
+    assert "Example:" in text
+    assert f"hpcresume {command}" in text
+    assert set() == set(HEAVY) & set(modules.split())
+
+
+def test_status_imports_nothing_heavy_when_it_runs(tmp_path):
+    """Reading a run needs neither Ray nor the ledger's engine."""
+    made = make_run(tmp_path)
+    made.publish(made.attempt(), [range(3)])
+    modules = run_python(
+        "import sys\n"
+        "from hpcresume.cli import cli\n"
+        f"try: cli.main(['status', {made.path!r}])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *sys.modules)"
+    ).partition("LOADED")[2]
+
+    assert "hpcresume.observe.status" in modules.split()
+    assert set() == set(HEAVY) & set(modules.split())
+
+
+def test_a_deliberate_error_is_its_message_and_exit_code(hpcresume, raising):
+    """An error with a remedy shows its message on stderr and no traceback."""
+    raising(LocalStorageError("the disk /x is full. Nothing can be written. Free some space."))
+    result = hpcresume("status")
+
+    assert (17, "") == (result.exit_code, result.stdout)
+    assert "error: the disk /x is full. Nothing can be written. Free some space.\n" == result.stderr
+
+
+def test_debug_adds_the_traceback(hpcresume, raising):
+    """With --debug the traceback comes before the message."""
+    raising(LocalStorageError("full"))
+    result = hpcresume("--debug", "status")
+
+    assert 17 == result.exit_code
+    assert "Traceback (most recent call last)" in result.stderr
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), InternalError("oops")])
+def test_anything_else_is_called_a_bug(hpcresume, raising, error):
+    """An unexpected exception ends with exit code 70, a traceback and the word bug."""
+    raising(error)
+    result = hpcresume("status")
+
+    assert 70 == result.exit_code
+    assert "Traceback" in result.stderr
+    assert "This is a bug in hpcresume" in result.stderr
+
+
+def test_ctrl_c_exits_130(hpcresume, raising):
+    """An interrupt is no error and no bug."""
+    raising(KeyboardInterrupt())
+    result = hpcresume("status")
+
+    assert (130, "interrupted\n") == (result.exit_code, result.stderr)
+
+
+def test_an_unknown_command_is_a_usage_error(hpcresume):
+    """A command that does not exist ends with exit code 2 and is named."""
+    result = hpcresume("stat")
+
+    assert 2 == result.exit_code
+    assert "stat" in result.stderr
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    """`hpcresume failures | head -1` shows no traceback when the reader has left."""
+    made = make_run(tmp_path, sources=3000)
+    made.publish(made.attempt(), failures=[made.failure(i) for i in range(3000)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpcresume", "failures", made.path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    stderr = process.stderr.read().decode()
+    process.stderr.close()
+
+    assert 141 == process.wait(timeout=60)
+    assert "" == stderr
+
+
+def test_the_real_command_reports_a_wrong_directory(tmp_path):
+    """As a process: message on stderr, nothing on stdout, exit code 16."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcresume", "status", tmp_path, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (16, "") == (done.returncode, done.stdout)
+    assert f"error: {tmp_path} is not a run directory" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(hpcresume, shell):
+    """The script of each shell asks this command for its completions."""
+    result = hpcresume("completion", shell)
+
+    assert 0 == result.exit_code
+    assert "_HPCRESUME_COMPLETE" in result.stdout
+
+
+def test_completing_a_command_imports_none():
+    """Pressing tab names commands without importing them."""
+    code = (
+        "import sys\n"
+        "from hpcresume.cli import cli\n"
+        "from click.shell_completion import BashComplete\n"
+        "found = BashComplete(cli, {}, 'hpcresume', '_X').get_completions([], 'c')\n"
+        "print(*(item.value for item in found))\n"
+        "print('hpcresume.cli.collect' in sys.modules)\n"
+    )
+
+    assert "collect cancel clean completion\nFalse\n" == run_python(code)
+
+
+# -- which run is meant -------------------------------------------------------------------------
+
+
+def test_the_last_run_is_the_newest_of_runs(tmp_path):
+    """Without a name the run created last in runs/ is meant."""
+    (tmp_path / "runs").mkdir()
+    make_run(tmp_path / "runs", name="b", created_at="2026-01-02T00:00:00", tasks=None)
+    make_run(tmp_path / "runs", name="a", created_at="2026-01-03T00:00:00", tasks=None)
+
+    assert tmp_path / "runs" / "a" == last_run(tmp_path)
+
+
+def test_inside_a_run_directory_that_run_is_meant(tmp_path):
+    """A run directory that is the current one needs no name."""
+    made = make_run(tmp_path, tasks=None)
+
+    assert tmp_path / "run" == last_run(tmp_path / "run")
+    assert str(tmp_path / "run") == made.path
+
+
+def test_no_run_at_all_says_what_to_give(tmp_path):
+    """Where there is no run, and where runs/ holds garbage, the error says what to do."""
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "run.json").write_text("{")
+
+    with pytest.raises(UsageError, match="hpcresume submit"):
+        last_run(tmp_path)
+
+
+# -- numbers for people -------------------------------------------------------------------------
+
+
+def test_numbers_for_people():
+    """Counts, sizes, durations and rates read well at every magnitude."""
+    assert ("1 row", "1,234 rows") == (human_count(1, "row"), human_count(1234, "row"))
+    assert ("999 bytes", "1.5 KiB", "2.0 TiB") == (
+        human_bytes(999),
+        human_bytes(1536),
+        human_bytes(2 << 40),
+    )
+    assert ("?", "59 s", "1 min 01 s", "2 h 05 min", "3 d 04 h") == tuple(
+        map(human_duration, (None, 59.4, 61, 7500, 3 * 86400 + 4 * 3600))
+    )
+    assert ("?", "0.0/s", "1,500.0/s", "30.0/min", "36.0/h") == tuple(
+        map(human_rate, (None, 0.0, 1500, 0.5, 0.01))
+    )

@@ -1,0 +1,63 @@
+#!/bin/bash
+#SBATCH --job-name=hr-paragraphs-1f2e-r0
+#SBATCH --array=0-63%8
+#SBATCH --output=/scratch/me/run/logs/%A_%a.out
+#SBATCH --error=/scratch/me/run/logs/%A_%a.err
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=1
+#SBATCH --mem=8G
+#SBATCH --time=02:00:00
+#SBATCH --account=proj
+
+umask 077
+unset ${!SBATCH_@}  # they would override the next round's script
+export SLURM_EXPORT_ENV=ALL SUBMITIT_EXECUTOR=slurm
+export HPCRESUME_TASK="$SLURM_ARRAY_TASK_ID"
+export HPCRESUME_ROUND=0
+
+
+run=/scratch/me/run
+folder=/scratch/me/run/rounds/0
+pickle="$folder"/round.pkl
+element="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+mine="$folder/${element}_submitted.pkl"
+
+refuse() {
+    printf 'hpcresume: %s\n' "$1" >&2
+    exit 16
+}
+
+# Loading a pickle runs what it says, so nobody else may have written it.  Root squash and
+# identity mapping change owners: "ours" is whoever owns a file that this job makes there.
+copy=$(mktemp "$folder/.copy.XXXXXXXXXX") || refuse "$folder is not writable from $HOSTNAME"
+us=$(stat -L -c %u -- "$copy")
+check() {
+    local owner mode
+    read -r owner mode < <(stat -L -c '%u %a' -- "$1")
+    [ -n "$owner" ] || refuse "$1 is missing"
+    [ "$owner" = "$us" ] || refuse "$1 is owned by user $owner, not by $us"
+    case "$mode" in
+        *[2367] | *[2367]?) refuse "$1 can be written by other users (mode $mode): chmod go-w it" ;;
+    esac
+}
+check "$run"
+check "$folder"
+check "$pickle"
+if cmp -s -- "$pickle" "$mine"; then  # an earlier attempt of this element copied it
+    rm -f -- "$copy"
+else
+    cp -- "$pickle" "$copy" && mv -f -- "$copy" "$mine" || refuse "cannot write $mine"
+fi
+check "$mine"
+
+# Without a trap this shell would die of a signal that srun and Python still work through.
+trap : TERM USR2
+srun --nodes=1 --ntasks=1 --cpus-per-task=1 --unbuffered --kill-on-bad-exit=1 \
+    /opt/venv/bin/python -u -P -m submitit.core._submit "$folder"
+status=$?
+
+exit "$status"

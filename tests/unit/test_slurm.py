@@ -1,0 +1,284 @@
+"""Slurm's answers as typed values, and its three kinds of failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hpcresume import slurm
+from hpcresume.errors import SlurmMissingError, SlurmRefusedError, SlurmUnreachableError
+
+# `scontrol show job -o` of Slurm 22.05.8, with SLURM_TIME_FORMAT=%s.
+RECORD = (
+    "JobId=2 ArrayJobId=1 ArrayTaskId=0 JobName=j.sh UserId=root(0) GroupId=root(0) MCS_label=N/A "
+    "Priority=4294901759 Nice=0 Account=root QOS=normal JobState=RUNNING Reason=None "
+    "Dependency=(null) Requeue=1 Restarts=3 BatchFlag=1 Reboot=0 ExitCode=0:0 RunTime=1-00:00:03 "
+    "TimeLimit=01:00:00 TimeMin=N/A SubmitTime=1795234970 EligibleTime=1795234970 "
+    "AccrueTime=Unknown StartTime=1795234970 EndTime=1795238570 Deadline=N/A "
+    "PreemptEligibleTime=1795234970 PreemptTime=None SuspendTime=None SecsPreSuspend=0 "
+    "Partition=low AllocNode:Sid=localhost:3184 ReqNodeList=(null) ExcNodeList=(null) "
+    "NodeList=n1 BatchHost=n1 NumNodes=1 NumCPUs=2 CPUs/Task=2 ReqB:S:C:T=0:0:*:* "
+    "TRES=cpu=2,mem=5422M,node=1,billing=2 Command=/tmp/j.sh WorkDir=/tmp StdErr=/tmp/o-0 Power= "
+)
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that puts a shell script of a given name first on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name: str, body: str) -> None:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    return make
+
+
+def test_fields_of_a_record_are_read_by_name() -> None:
+    """One record gives typed fields; times are unix seconds, durations seconds."""
+    (info,) = slurm.parse_jobs(RECORD + "\n")
+
+    assert (
+        slurm.JobInfo(
+            job_id=slurm.JobId("1_0"),
+            state="RUNNING",
+            name="j.sh",
+            array_job_id="1",
+            array_task="0",
+            reason=None,
+            restarts=3,
+            end_time=1795238570.0,
+            start_time=1795234970.0,
+            preempt_time=None,
+            run_time_s=86403.0,
+            time_limit_s=3600.0,
+            node_list="n1",
+            exit_code="0:0",
+        )
+        == info
+    )
+
+
+def test_job_name_cannot_pose_as_fields() -> None:
+    """A job's name that looks like fields changes none of them."""
+    name = "x JobState=COMPLETED Restarts=9 y"
+
+    (info,) = slurm.parse_jobs(RECORD.replace("j.sh User", f"{name} User"))
+
+    assert (name, "RUNNING", 3) == (info.name, info.state, info.restarts)
+
+
+def test_missing_fields_are_none() -> None:
+    """A record of a version that lacks a field gives None for it."""
+    (info,) = slurm.parse_jobs("JobId=7 JobName=a UserId=u(1) GroupId=g(1) JobState=PENDING")
+
+    assert (None, None, None) == (info.restarts, info.end_time, info.array_job_id)
+    assert ("7", "PENDING") == (info.job_id, info.state)
+
+
+def test_an_unsplit_array_keeps_its_task_list() -> None:
+    """The pending rest of an array is one record; its id is the array's."""
+    text = RECORD.replace("JobId=2", "JobId=1").replace("ArrayTaskId=0", "ArrayTaskId=3-7%2")
+
+    (info,) = slurm.parse_jobs(text)
+
+    assert ("1", "3-7%2") == (info.job_id, info.array_task)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("00:30", 30.0),
+        ("01:02:03", 3723.0),
+        ("2-00:00:01", 172801.0),
+        ("UNLIMITED", None),
+        ("Partition_Limit", None),
+        (None, None),
+    ],
+)
+def test_durations(text: str | None, seconds: float | None) -> None:
+    """Slurm's durations are seconds; no limit is None."""
+    assert seconds == slurm.parse_duration(text)
+
+
+def test_times_are_also_read_in_iso_form() -> None:
+    """A wrapper that drops SLURM_TIME_FORMAT still gives the same moment."""
+    assert slurm.parse_time("1795238570") is not None
+    local = "2026-11-21T05:22:50"
+    assert 0 == (slurm.parse_time(local) or 0) % 10
+    assert slurm.parse_time("Unknown") is None
+    assert slurm.parse_time("soon") is None
+
+
+@pytest.mark.parametrize("text", ["12\n", "12;cluster\n", "a site's greeting\n12;c\n"])
+def test_job_id_is_the_last_line(text: str) -> None:
+    """`--parsable` output is read past a wrapper's chatter and a cluster's name."""
+    assert "12" == slurm.parse_sbatch(text)
+
+
+@pytest.mark.parametrize("text", ["", "Submitted batch job 12\n", ";c\n"])
+def test_output_without_a_job_id_is_refused(text: str) -> None:
+    """What names no job is an error that shows it, never a wrong id."""
+    with pytest.raises(SlurmRefusedError, match="named no job"):
+        slurm.parse_sbatch(text)
+
+
+def test_environment_keeps_only_the_cluster_of_slurms_variables() -> None:
+    """Variables that would override options are dropped; SLURM_CONF and the rest stay."""
+    base = {
+        "SBATCH_PARTITION": "x",
+        "SQUEUE_FORMAT": "x",
+        "SCANCEL_STATE": "x",
+        "SALLOC_ACCOUNT": "x",
+        "SACCT_FORMAT": "x",
+        "SLURM_JOB_ID": "7",
+        "SLURM_MEM_PER_CPU": "1",
+        "SLURM_CONF": "/etc/x.conf",
+        "HOME": "/home/u",
+    }
+
+    expected = {"SLURM_CONF": "/etc/x.conf", "HOME": "/home/u", "SLURM_TIME_FORMAT": "%s"}
+    assert expected == slurm.command_environment(base)
+
+
+def test_commands_run_in_the_scrubbed_environment(tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sbatch sees neither the surrounding job's variables nor SBATCH_*."""
+    monkeypatch.setenv("SBATCH_ACCOUNT", "other")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    tool("sbatch", '[ -z "$SBATCH_ACCOUNT$SLURM_JOB_ID" ] && echo 5')
+
+    assert "5" == slurm.sbatch(["-a", "0-3"], script=Path("x.sh"))
+
+
+def test_absent_command_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Slurm's commands the error names the one and the way out."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert not slurm.available()
+    with pytest.raises(SlurmMissingError, match="--cluster local"):
+        slurm.show_job("1")
+
+
+def test_a_conf_that_does_not_exist_is_missing(tool, tmp_path: Path) -> None:
+    """A wrong SLURM_CONF is said at once; the commands would look for it for a minute."""
+    tool("squeue", "exit 0")
+
+    with pytest.raises(SlurmMissingError, match="no such file"):
+        slurm.queue(conf=tmp_path / "slurm.conf")
+
+
+def test_no_configuration_is_missing(tool) -> None:
+    """Commands that are installed but know no cluster say what to set."""
+    tool("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+
+    with pytest.raises(SlurmMissingError, match="SLURM_CONF"):
+        slurm.queue()
+
+
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "Zero Bytes were transmitted or received",
+    ],
+)
+def test_no_answer_is_unreachable(tool, complaint: str) -> None:
+    """What a silent controller makes the commands say warns of a late effect."""
+    tool("sbatch", f"echo '{complaint}' >&2; exit 1")
+
+    with pytest.raises(SlurmUnreachableError, match="may still take effect later"):
+        slurm.sbatch([], script=Path("x.sh"))
+
+
+def test_time_limit_of_a_call_is_kept(tool) -> None:
+    """A command that hangs is ended at its time limit."""
+    tool("scontrol", "exec sleep 60")
+
+    with pytest.raises(SlurmUnreachableError, match=r"no answer within 0\.2 s"):
+        slurm.requeue("1_2", timeout_s=0.2)
+
+
+def test_refusal_carries_slurms_words(tool) -> None:
+    """A refusal shows Slurm's own message and keeps it as a field."""
+    tool("sbatch", "echo 'sbatch: error: Invalid job array specification' >&2; exit 1")
+
+    with pytest.raises(SlurmRefusedError, match="Invalid job array specification") as caught:
+        slurm.sbatch(["-a", "0-9999"], script=Path("x.sh"))
+
+    assert "sbatch: error: Invalid job array specification" == caught.value.fields["stderr"]
+
+
+def test_requeue_of_a_pending_job_counts_as_done(tool) -> None:
+    """Slurm's complaint that the job is pending already is success."""
+    tool("scontrol", "echo 'Job is pending execution for job 1_2' >&2; exit 1")
+    slurm.requeue("1_2")
+
+    tool("scontrol", "echo 'Requested operation is presently disabled for job 1_2' >&2; exit 1")
+    with pytest.raises(SlurmRefusedError, match="presently disabled"):
+        slurm.requeue("1_2")
+
+
+def test_cancel_fails_only_for_what_is_not_over(tool) -> None:
+    """Ended jobs are no reason to fail; a job that may not be touched is."""
+    over = "scancel: error: Kill job error on job id 5: Invalid job id specified"
+    denied = "scancel: error: Kill job error on job id 6: Access/permission denied"
+    tool("scancel", f"echo '{over}' >&2; exit 1")
+    slurm.cancel(["5"])
+
+    tool("scancel", f"echo '{over}' >&2; echo '{denied}' >&2; exit 1")
+    with pytest.raises(SlurmRefusedError, match="permission denied"):
+        slurm.cancel(["5", "6"])
+
+
+def test_cancel_of_nothing_asks_nothing(tool) -> None:
+    """An empty list runs no scancel, which would read its filters instead."""
+    tool("scancel", "exit 1")
+
+    slurm.cancel([])
+
+
+def test_queue_reads_elements_and_names_with_separators(tool) -> None:
+    """Each element is an entry; the name may hold the separator."""
+    tool("squeue", "echo '9_4|9|4|RUNNING|n3|None|a|b'; echo '7|7|N/A|PENDING||Resources|c'")
+
+    assert [
+        slurm.QueueEntry(slurm.JobId("9_4"), "9", 4, "a|b", "RUNNING", None, "n3"),
+        slurm.QueueEntry(slurm.JobId("7"), "7", None, "c", "PENDING", "Resources", None),
+    ] == slurm.queue(["9", "7"])
+
+
+def test_queue_asks_for_all_states_once(tool, tmp_path: Path) -> None:
+    """One squeue for several jobs, ended ones included; by name it asks for one user's."""
+    tool("squeue", f'echo "$@" >> {tmp_path}/asked')
+
+    slurm.queue(["1", "2"])
+    slurm.queue(name="run", user=1000)
+
+    by_id, by_name = (tmp_path / "asked").read_text().splitlines()
+    assert "-r -t all" in by_id
+    assert by_id.endswith("-j 1,2")
+    assert by_name.endswith("-u 1000 --name run")
+
+
+def test_accounting_gives_every_run_and_a_typed_answer_where_there_is_none(tool) -> None:
+    """A requeued element has one entry a run; without slurmdbd a type of its own says so."""
+    tool("sacct", "echo '1_0|COMPLETED|0:0|7|9'; echo '1_0|CANCELLED by 0|0:15|3|5'")
+    seen = [(e.state, e.restarts, e.end_time) for e in slurm.accounting("1")]
+    assert [("CANCELLED", 0, 5.0), ("COMPLETED", 1, 9.0)] == seen
+
+    tool("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    with pytest.raises(slurm.AccountingUnavailableError):
+        slurm.accounting("1")
+
+
+def test_config_and_nodes_are_dictionaries_of_the_live_settings(tool) -> None:
+    """Settings keep Slurm's spelling; a node in two partitions is listed once."""
+    tool("scontrol", "echo 'Configuration data as of now'; echo 'AuthInfo    = a=b,c=5'")
+    tool("sinfo", "echo 'n1|idle'; echo 'n1|idle'; echo 'n2|down*'")
+
+    assert {"AuthInfo": "a=b,c=5"} == slurm.config()
+    assert [slurm.NodeEntry("n1", "idle"), slurm.NodeEntry("n2", "down*")] == slurm.nodes()
