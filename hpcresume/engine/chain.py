@@ -100,6 +100,8 @@ class ChainPlace:
         worker: The worker that the stages' instances live in.
         seconds_left: Seconds until the attempt must be done, None without a limit.
         mark: The worker's mark; None where nobody reads it.
+        on_error: Called with every exception of the user's code that fails a source, while
+            its frames are there to be looked at.
     """
 
     run_id: str
@@ -108,6 +110,7 @@ class ChainPlace:
     worker: Worker
     seconds_left: Callable[[], float | None]
     mark: Mark | None = None
+    on_error: Callable[[BaseException], None] | None = None
 
 
 class Chain:
@@ -136,6 +139,8 @@ class Chain:
             try:
                 stage.setup(self.place.worker)
             except Exception as error:
+                if self.place.on_error is not None:
+                    self.place.on_error(error)
                 raise StageStartError(
                     f"stage {stage.name!r} cannot start: {describe(error)}\n"
                     f"{user_traceback(error)}",
@@ -516,6 +521,8 @@ class _Call:
     def _fail(self, slot: int, stage: str, path: ItemPath, error: BaseException | Failed) -> None:
         if slot in self.failures:
             return
+        if self.place.on_error is not None and not isinstance(error, Failed):
+            self.place.on_error(error)
         item = item_id(self.inputs.source_id(slot), self.chain.names, path)
         failure = SlotFailure(
             slot, stage, item, *_reason(error, stage, self._timeout_of(stage)),

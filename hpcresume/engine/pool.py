@@ -113,7 +113,9 @@ class InlinePool:
         scratch: Path,
         outputs: Path | None,
         seconds_left: Callable[[], float | None],
+        on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
+        self._on_error = on_error
         self._pipeline, self._groups, self._run_id = pipeline, groups, run_id
         self._scratch, self._outputs, self._seconds_left = scratch, outputs, seconds_left
         self._chains: dict[WorkerRef, Chain] = {}
@@ -135,6 +137,7 @@ class InlinePool:
                 scratch=self._scratch / f"worker-{worker.group}-{worker.index}",
             ),
             seconds_left=self._seconds_left,
+            on_error=self._on_error,
         )
         chain = Chain(self._pipeline, first=group.first, stages=group.stages, place=place)
         try:

@@ -19,6 +19,7 @@ from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, check_submittable, submit_round
 from hpcresume.merge.plan import Launch, Plan, open_plan
+from hpcresume.pipeline.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make_ready(submission: Submission) -> Ready:
         site=resolved.site_name,
         cwd=str(submission.cwd.absolute()),
     )
-    return Ready(prepared, with_stage_needs(resolved, prepared, cluster), launch)
+    return Ready(prepared, with_stage_needs(resolved, prepared.loaded.pipeline, cluster), launch)
 
 
 def choose_cluster(cluster: str) -> str:
@@ -125,14 +126,14 @@ def resolve(submission: Submission, cluster: str) -> Resolved:
     )
 
 
-def with_stage_needs(resolved: Resolved, prepared: Prepared, cluster: str) -> Resolved:
+def with_stage_needs(resolved: Resolved, pipeline: Pipeline, cluster: str) -> Resolved:
     """Fill in what the stages need where the user asked for nothing."""
     import dataclasses
 
     import msgspec
 
     request = resolved.settings.request
-    groups = make_groups(prepared.loaded.pipeline.stages, cpus=1)
+    groups = make_groups(pipeline.stages, cpus=1)
     cpus = max(1, math.ceil(sum(group.cpus * group.workers for group in groups)))
     gpus = math.ceil(sum(group.gpus * group.workers for group in groups))
     changed: dict[str, int] = {}

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from hpcresume.errors import InternalError, LocalStorageError
 from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, publish
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
-from hpcresume.ledger.store import Ledger
+from hpcresume.ledger.store import InFlight, Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
@@ -103,24 +103,11 @@ def publish_pending(
         LocalStorageError: A file of ``ctx.output`` is gone from the node-local disk.
         CorruptDataError: The ledger is damaged.
     """
-    identity, state = ledger.identity(), ledger.state()
-    writer = identity.writer
-    ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
     suspects = ledger.in_flight() if with_suspects else []
     guilty = [call.sources[0] for call in suspects if call.alone]
-    footer = SegmentFooter(
-        run_id=run.run_id,
-        writer=writer,
-        seq=seq,
-        completed=b"",
-        chunks=[],
-        has_failures=False,
-        suspects=[bitmaps.dump(call.sources) for call in suspects],
-        stages=state.stages,
-        stage_names=identity.stage_names,
-        progress=state.progress,
-        code=identity.code,
-    )
+    footer = _footer(ledger, run, seq=seq, suspects=suspects)
+    writer = footer.writer
+    ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
     covered, failures = after, [_death(run, index) for index in guilty]
 
     def frames() -> Iterator[bytes]:
@@ -142,6 +129,23 @@ def publish_pending(
     )
     sources = sum(count for _, _, count in footer.chunks)
     return PublishReceipt(covered, seq, name, sources, receipt.size_bytes, receipt.digest)
+
+
+def _footer(ledger: Ledger, run: RunDir, *, seq: int, suspects: list[InFlight]) -> SegmentFooter:
+    identity, state = ledger.identity(), ledger.state()
+    return SegmentFooter(
+        run_id=run.run_id,
+        writer=identity.writer,
+        seq=seq,
+        completed=b"",
+        chunks=[],
+        has_failures=False,
+        suspects=[bitmaps.dump(call.sources) for call in suspects],
+        stages=state.stages,
+        stage_names=identity.stage_names,
+        progress=state.progress,
+        code=identity.code,
+    )
 
 
 def _death(run: RunDir, index: int) -> Failure:

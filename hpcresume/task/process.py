@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -132,13 +132,26 @@ def _reap() -> None:
             pass
 
 
-def processes_of(attempt: str) -> Iterator[psutil.Process]:
-    """Yield this user's processes that belong to an attempt, by their environment."""
+def processes_of(attempt: str, directories: Sequence[str]) -> Iterator[psutil.Process]:
+    """Yield this user's processes that belong to an attempt.
+
+    They are known by their environment, or by an open file below the attempt's directories:
+    Ray's workers write their title over the memory that their environment is read from.
+    """
     marker = f"{ATTEMPT_VARIABLE}={attempt}".encode()
     for process in psutil.process_iter():
-        try:
-            with open(f"/proc/{process.pid}/environ", "rb") as file:
-                if marker in file.read().split(b"\0"):
-                    yield process
-        except OSError:
+        if process.pid == os.getpid():
             continue
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{process.pid}/environ", "rb") as file:
+                found = marker in file.read().split(b"\0")
+            if found or _has_open(process.pid, directories):
+                yield process
+
+
+def _has_open(pid: int, directories: Sequence[str]) -> bool:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}").startswith(tuple(directories)):
+                return True
+    return False

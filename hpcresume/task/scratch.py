@@ -199,8 +199,11 @@ def dead_attempts(local: str, *, run_id: str) -> Iterator[str]:
 
 def end_dead(path: str) -> None:
     """End the processes that outlived a dead attempt."""
-    attempt = _read(path, _NAME)
-    found = list(processes_of(attempt)) if attempt else []
+    attempt, ray_temp = _read(path, _NAME), _read(path, _RAY_TEMP)
+    if not attempt:
+        return
+    directories = [f"{directory}/" for directory in (path, ray_temp) if directory]
+    found = list(processes_of(attempt, directories))
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -65,7 +65,7 @@ def slurm_conf(state: State, layout: Layout) -> str:
 
 def _identity(state: State, layout: Layout) -> dict[str, object]:
     return {
-        "ClusterName": state.cluster,
+        "ClusterName": state.cluster_name,
         "SlurmctldHost": "localhost(127.0.0.1)",
         "SlurmctldPort": state.ports.slurmctld,
         "SlurmUser": "root",

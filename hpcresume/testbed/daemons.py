@@ -79,7 +79,7 @@ def start_slurmdbd(state: State, layout: Layout) -> None:
     """Start slurmdbd and register the cluster, without which slurmctld would not start."""
     daemon = _start(state, layout, "slurmdbd", ["slurmdbd", "-D"])
     _await(daemon, layout, lambda: _listens(state.ports.slurmdbd), timeout_s=60)
-    slurm.add_cluster(state.cluster, conf=layout.conf)
+    slurm.add_cluster(state.cluster_name, conf=layout.conf)
 
 
 def start_slurmctld(state: State, layout: Layout) -> Daemon:

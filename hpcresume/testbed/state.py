@@ -59,6 +59,11 @@ class State(msgspec.Struct):
     daemons: list[Daemon]
     schema: int = 1
 
+    @property
+    def cluster_name(self) -> str:
+        """Slurm's ClusterName, by which the site ``testbed`` recognises it."""
+        return f"hpcresume-testbed-{self.cluster}"
+
     def node(self, name: str) -> Node:
         """Return a node by its name, or by what follows the cluster's in it: ``n1``.
 

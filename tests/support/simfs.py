@@ -51,10 +51,18 @@ class _Rule:
 
 
 class SimServer:
-    """The file server: what survives its restart is what was synced."""
+    """The file server: what survives its restart is what was synced.
 
-    def __init__(self, *, hard_links: bool = True) -> None:
-        self.root, self.hard_links, self.boots = _Directory(), hard_links, 0
+    Attributes:
+        hard_links: Whether it knows hard links.
+        ordered: Whether syncing a directory also keeps the names that lead to it, as on
+            file systems that journal metadata in order; without it each name needs a sync
+            of its own directory, which is all that POSIX says.
+    """
+
+    def __init__(self, *, hard_links: bool = True, ordered: bool = False) -> None:
+        self.root, self.hard_links, self.ordered = _Directory(), hard_links, ordered
+        self.boots = 0
 
     def restart(self) -> None:
         """Lose everything that was not synced; open files become stale."""
@@ -97,6 +105,13 @@ class SimServer:
         if isinstance(node, _File):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         return node
+
+    def keep_names_to(self, path: str) -> None:
+        """Make the names durable that lead to a path."""
+        node = self.root
+        for name in filter(None, path.split("/")):
+            node.durable[name] = node.names[name]
+            node = node.names[name]
 
     def rot(self, path: str, offset: int, mask: int = 1) -> None:
         """Flip bits of one byte, in memory and on disk."""
@@ -321,6 +336,8 @@ class SimFileSystem:
         def effect() -> None:
             directory = self.server.directory(path)
             directory.durable = dict(directory.names)
+            if self.server.ordered:
+                self.server.keep_names_to(path)
 
         self._call("sync_directory", path, effect)
 

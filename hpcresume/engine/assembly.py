@@ -1,0 +1,168 @@
+"""Sources whose items travel through several groups, put together until they are complete.
+
+Rows and files of a try that failed are dropped at once, and so is what its items still lead
+to: they may be in other calls, and must not mix with those of the next try.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from hpcresume.engine.calls import ChunkResult, Inputs
+from hpcresume.ids import ItemPath
+from hpcresume.ledger.accounting import Accounting, Ack, Verdict
+from hpcresume.segment.frame import FrameBuilder
+
+log = logging.getLogger(__name__)
+
+_FRAME_BYTES = 1 << 20
+
+
+class Assembly:
+    """What is known of the sources in flight.
+
+    Args:
+        max_sources: Completed sources that are packed into one frame at most.
+        completed: Told every frame, with the number of its sources.
+    """
+
+    def __init__(self, max_sources: int, completed: Callable[[bytes, int], None]) -> None:
+        self._max_sources, self._tell = max_sources, completed
+        self._accounting = Accounting()
+        self._failed: set[int] = set()
+        self._ids: dict[int, str] = {}
+        self._rows: dict[int, list[tuple[ItemPath, bytes]]] = defaultdict(list)
+        self._files: dict[int, list[tuple[ItemPath, str]]] = defaultdict(list)
+        self._done: dict[int, str] = {}
+        self._done_bytes = 0
+        self.completed = 0
+
+    def __len__(self) -> int:
+        """Return the number of sources in flight, or failed and not yet given up."""
+        return len(self._accounting)
+
+    def admit(self, inputs: Inputs) -> None:
+        """Begin a try of sources; nothing of the try before it stays."""
+        for slot, source in enumerate(inputs.sources):
+            self._drop(source)
+            self._failed.discard(source)
+            self._ids[source] = inputs.source_id(slot)
+            self._accounting.admit(source, inputs.attempt(slot))
+
+    def living(self, inputs: Inputs) -> Inputs:
+        """Return the items without those of tries that have failed."""
+        if self._failed.isdisjoint(inputs.sources):
+            return inputs
+        return inputs.select([s for s in range(len(inputs)) if self._is_current(inputs, s)])
+
+    def fail(self, inputs: Inputs, slots: Iterable[int]) -> None:
+        """Record that the tries of some items' sources have failed."""
+        for slot in slots:
+            if self._is_current(inputs, slot):
+                self._acknowledge(inputs, slot, failed=True)
+                self._end_try(inputs.sources[slot])
+
+    def forget(self, source: int) -> None:
+        """Drop a source that is not tried again."""
+        self._accounting.forget(source)
+        self._failed.discard(source)
+        self._drop(source)
+        self._ids.pop(source, None)
+
+    def take(self, inputs: Inputs, result: ChunkResult, *, has_rows: bool) -> Inputs:
+        """Record what a call made of its items.
+
+        Args:
+            inputs: The call's items.
+            result: What became of them.
+            has_rows: Whether the call's items end in rows.
+
+        Returns:
+            The items for the next group.
+        """
+        failed = {failure.slot for failure in result.failures}
+        self.fail(inputs, sorted(failed))
+        onward = Inputs(array("I"), ids=[], paths=[], items=[])
+        for slot, source in enumerate(inputs.sources):
+            if slot in failed or not self._is_current(inputs, slot):
+                continue
+            if slot in result.files:
+                self._files[source] += result.files[slot]
+            if has_rows:
+                self._rows[source] += result.rows[slot]
+            emitted = result.emitted.get(slot, ())
+            for path, item in emitted:
+                _append(onward, inputs, slot, path=path, item=item)
+            self._acknowledge(inputs, slot, emitted=tuple(path for path, _ in emitted))
+        return onward
+
+    def flush(self) -> None:
+        """Hand on what has completed so far."""
+        if not self._done:
+            return
+        frame = FrameBuilder()
+        for source in sorted(self._done):
+            # Items arrive in any order; within a source rows are in item order.
+            frame.add(source, sorted(self._rows.pop(source, ())))
+            files = self._files.pop(source, None)
+            if files:
+                frame.add_files(self._done[source], sorted(files))
+        count = len(self._done)
+        self._done, self._done_bytes = {}, 0
+        self._tell(frame.build(), count)
+
+    def _is_current(self, inputs: Inputs, slot: int) -> bool:
+        source = inputs.sources[slot]
+        return (
+            source in self._accounting
+            and source not in self._failed
+            and self._accounting.attempt(source) == inputs.attempt(slot)
+        )
+
+    def _acknowledge(
+        self,
+        inputs: Inputs,
+        slot: int,
+        *,
+        emitted: tuple[ItemPath, ...] = (),
+        failed: bool = False,
+    ) -> None:
+        source, path = inputs.sources[slot], inputs.path(slot)
+        ack = Ack(source, inputs.attempt(slot), path, emitted, failed=failed)
+        verdict = self._accounting.acknowledge(ack)
+        if verdict is Verdict.COMPLETE:
+            self._complete(source)
+        elif verdict is Verdict.ANOMALY:
+            log.error("source %d is owed again: %s", source, self._accounting.anomalies[-1][1])
+            self._end_try(source)
+
+    def _end_try(self, source: int) -> None:
+        self._failed.add(source)
+        self._drop(source)
+
+    def _drop(self, source: int) -> None:
+        self._rows.pop(source, None)
+        self._files.pop(source, None)
+
+    def _complete(self, source: int) -> None:
+        self._done[source] = self._ids.pop(source)
+        self._done_bytes += sum(len(row) for _, row in self._rows.get(source, ()))
+        self.completed += 1
+        if self._done_bytes >= _FRAME_BYTES or len(self._done) >= self._max_sources:
+            self.flush()
+
+
+def _append(onward: Inputs, inputs: Inputs, slot: int, *, path: ItemPath, item: bytes) -> None:
+    assert onward.ids is not None
+    assert onward.paths is not None
+    assert onward.items is not None
+    attempt = inputs.attempt(slot)
+    if attempt > 1:
+        onward.attempts[len(onward)] = attempt
+    onward.sources.append(inputs.sources[slot])
+    onward.ids.append(inputs.source_id(slot))
+    onward.paths.append(path)
+    onward.items.append(item)

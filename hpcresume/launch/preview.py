@@ -1,0 +1,180 @@
+"""The round that a submission would make on Slurm, without making anything."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpcresume.config import Resolved, Settings
+from hpcresume.errors import RunDirError, UsageError
+from hpcresume.fs import POSIX
+from hpcresume.launch.prepare import _refused_changes, fingerprint
+from hpcresume.launch.rendering import render_array, render_merge
+from hpcresume.launch.rounds import newest_plan, stand
+from hpcresume.launch.slurm_round import check_submittable, make_array_job, make_merge_job
+from hpcresume.launch.submit import Submission, resolve, with_stage_needs
+from hpcresume.launch.submitit_executor import SCRIPT_NAME
+from hpcresume.merge.plan import KIND, Launch, Plan, PlanFooter
+from hpcresume.pipeline.load import LoadedPipeline, load_pipeline, load_snapshot, parse_target
+from hpcresume.pipeline.params import parameter_digest
+from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.pipeline.sources import Indexed
+from hpcresume.run.directory import FORMAT_VERSION, RunDir, RunInfo
+from hpcresume.run.manifest import Manifest
+from hpcresume.segment.container import Container
+
+NEW_RUN_ID = "<run-id>"
+"""In place of the random id that a new run gets."""
+_NO_JOB = "afterany:0"
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What would be submitted.
+
+    Attributes:
+        run: The run directory, which need not exist.
+        plan: The round's plan; it has no shards.
+        resolved: The settings.
+        notes: What people should know before they submit.
+    """
+
+    run: RunDir
+    plan: Plan
+    resolved: Resolved
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def script_path(self) -> str:
+        """Where the job array's script would lie."""
+        return str(make_array_job(self.run, self.plan).folder / SCRIPT_NAME)
+
+    def array_script(self) -> str:
+        """Return the job array's batch script.
+
+        Raises:
+            ConfigError: As :func:`~hpcresume.launch.rendering.render_array`.
+        """
+        return render_array(make_array_job(self.run, self.plan), self.resolved)
+
+    def merge_script(self) -> str:
+        """Return the merge job's batch script, with ``<array>`` for the id it waits for.
+
+        Raises:
+            ConfigError: As :func:`~hpcresume.launch.rendering.render_merge`.
+        """
+        script = render_merge(make_merge_job(self.run, self.plan, _NO_JOB), self.resolved)
+        return script.replace(f"--dependency={_NO_JOB}", "--dependency=afterany:<array>")
+
+
+def preview_settings(submission: Submission) -> tuple[LoadedPipeline, Resolved]:
+    """Return the pipeline and the settings that a submission would have on Slurm.
+
+    Raises:
+        HpcResumeError: The pipeline does not load, or a setting is wrong.
+    """
+    if submission.cluster == "local":
+        raise UsageError(
+            "--cluster local submits no batch script: the tasks are started directly. "
+            "Leave it out to see what Slurm would be given."
+        )
+    resolved = resolve(submission, "slurm")
+    path = submission.cwd / submission.target
+    if _is_run(path):
+        numbers = RunDir.open(str(path.absolute())).code_numbers()
+        if not numbers:
+            raise RunDirError(f"{path} holds no code. Submit the pipeline's file again.")
+        loaded = load_snapshot(Path(RunDir.open(str(path.absolute())).code_path(numbers[-1])))
+    else:
+        spec = parse_target(submission.target, submission.cwd)
+        loaded = load_pipeline(spec, submission.params)
+    loaded.pipeline.check_resumable()
+    return loaded, with_stage_needs(resolved, loaded.pipeline, "slurm")
+
+
+def preview(submission: Submission, loaded: LoadedPipeline, resolved: Resolved) -> Preview:
+    """Return the round that `submit` would make next.
+
+    Args:
+        submission: What the user asked for.
+        loaded: The pipeline, as :func:`preview_settings` returned it.
+        resolved: The settings, likewise.
+
+    Raises:
+        HpcResumeError: The run directory cannot be read, the sources not be listed, or the
+            site not take so many tasks.
+    """
+    path = _run_path(submission, loaded)
+    exists = _is_run(path)
+    run = RunDir.open(str(path)) if exists else _run_to_be(path, submission, loaded)
+    last = newest_plan(run) if exists else None
+    launch = Launch(
+        cluster="slurm",
+        array=submission.array or (last.footer.launch.array if last else 1),
+        throttle=submission.throttle,
+        site=resolved.site_name,
+        cwd=str(submission.cwd.absolute()),
+    )
+    left = _count_left(run if exists else None, loaded.pipeline, resolved.settings, launch.array)
+    footer = PlanFooter(
+        run_id=run.run_id,
+        round=last.footer.round + 1 if last else 0,
+        generation=0,
+        code=0,
+        sources=left,
+        tasks=max(1, min(launch.array, left)),
+        settings={},
+        launch=launch,
+    )
+    check_submittable(run, resolved, footer.tasks)
+    notes = _refusals(run, loaded, submission) if exists else []
+    if not left:
+        notes.append("no source is left: submit would submit nothing")
+    container = Container(run.fs, run.plan_path(footer.round), KIND, footer, (), b"", 0)
+    return Preview(run, Plan(container), resolved, notes)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").exists()
+
+
+def _run_path(submission: Submission, loaded: LoadedPipeline) -> Path:
+    target = submission.cwd / submission.target
+    if _is_run(target):
+        return target.absolute()
+    name = f"{loaded.pipeline.name}-{parameter_digest(loaded.params)}"
+    return (submission.cwd / (submission.run_dir or Path("runs") / name)).absolute()
+
+
+def _run_to_be(path: Path, submission: Submission, loaded: LoadedPipeline) -> RunDir:
+    info = RunInfo(
+        format=FORMAT_VERSION,
+        run_id=NEW_RUN_ID,
+        name=loaded.pipeline.name,
+        target=submission.target,
+        created_at="",
+        version="",
+        fingerprint=fingerprint(loaded.pipeline, loaded.params),
+    )
+    return RunDir(str(path), info, POSIX)
+
+
+def _count_left(run: RunDir | None, pipeline: Pipeline, settings: Settings, most: int) -> int:
+    """Return how many sources the round would deal; from ``most`` on, just that many."""
+    left, known = 0, 0
+    if run is not None and run.part_numbers():
+        manifest = Manifest.open(run)
+        left, known = len(stand(run, manifest, settings).remainder), manifest.total
+    if left >= most:
+        return left
+    sources = pipeline.sources
+    if isinstance(sources, Indexed):
+        return left + max(0, len(sources) - known)
+    grown = itertools.islice(sources, known, known + most - left)
+    return left + sum(1 for _ in grown)
+
+
+def _refusals(run: RunDir, loaded: LoadedPipeline, submission: Submission) -> list[str]:
+    changes = [] if submission.accept_changes else _refused_changes(run, loaded)
+    return [f"submit would refuse without --accept-changes: {change}" for change in changes]

@@ -1,0 +1,28 @@
+"""What holds for every test: its tier, and that the shell's own settings do not reach it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Settings of the person or the batch job that runs the tests would change what they see.
+_FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "RAY_", "HPCRESUME_")
+_OURS = "HPCRESUME_TEST_"
+
+
+def pytest_configure() -> None:
+    """Drop what the surrounding shell says about Slurm, Ray and hpcresume."""
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN) and not name.startswith(_OURS):
+            del os.environ[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked ``slow`` except in the tier ``all``."""
+    if os.environ.get("HPCRESUME_TEST_TIER", "ci") == "all":
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
