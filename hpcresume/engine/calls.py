@@ -55,6 +55,25 @@ class Inputs:
             column(self.items),
         )
 
+    @classmethod
+    def concat(cls, parts: Sequence[Inputs]) -> Inputs:
+        """Return the items of several calls of one group as one."""
+        if len(parts) == 1:
+            return parts[0]
+        first, attempts, sources = parts[0], {}, array("I")
+        for part in parts:
+            attempts.update({len(sources) + slot: n for slot, n in part.attempts.items()})
+            sources.extend(part.sources)
+
+        def column(name: str) -> list[Any] | None:
+            if getattr(first, name) is None:
+                return None
+            return [value for part in parts for value in getattr(part, name)]
+
+        return cls(
+            sources, column("records"), column("ids"), attempts, column("paths"), column("items")
+        )
+
     def attempt(self, slot: int) -> int:
         """Return the number of the try that an item belongs to."""
         return self.attempts.get(slot, 1)

@@ -217,7 +217,6 @@ class _Call:
         assert isinstance(sources, Indexed)
         return sources.payload(inputs.sources[slot])
 
-
     async def _push(self, number: int, items: _Items) -> None:
         """Run stage ``number`` of the group over items, and the stages after it."""
         if self.failures:
@@ -328,7 +327,6 @@ class _Call:
         missing = self.chain.first + number - len(path)
         return ItemPath(path + (0,) * missing) if missing else path
 
-
     def _guarded(
         self,
         number: int,
@@ -435,7 +433,6 @@ class _Call:
         finally:
             self.counts[number].seconds += time.perf_counter() - start
 
-
     async def _batches(self, number: int, items: _Items) -> AsyncIterator[tuple[int, Any]]:
         size = self.stages[number].batch_size
         for start in range(0, len(items), size):
@@ -490,7 +487,6 @@ class _Call:
                 partial(stage.process_batch, *arguments),
                 timeout_s=stage.timeout_s,
             )
-
 
     @contextlib.contextmanager
     def _context(self, number: int, slot: int, path: ItemPath) -> Iterator[Context | None]:

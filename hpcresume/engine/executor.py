@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from array import array
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pyroaring import BitMap
 
+from hpcresume.engine.assembly import Assembly
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.groups import Group
+from hpcresume.engine.judge import Judge, StageBrokenError
 from hpcresume.engine.pool import (
     Died,
     Event,
@@ -33,27 +34,16 @@ from hpcresume.engine.pool import (
     StartFailed,
     WorkerRef,
 )
-from hpcresume.errors import HpcResumeError
-from hpcresume.ids import ItemPath
-from hpcresume.ledger.accounting import Accounting, Ack, Verdict
-from hpcresume.segment.frame import FrameBuilder
+from hpcresume.ids import item_id
 from hpcresume.segment.segment import Failure, StageCount
+
+__all__ = ["Executor", "Feed", "Limits", "Listener", "StageBrokenError"]
 
 log = logging.getLogger(__name__)
 
-MAX_LIKE_FAILURES = 50
 MAX_STARTS_WITHOUT_WORK = 3
-_FRAME_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
-
-
-class StageBrokenError(HpcResumeError):
-    """One stage fails every source in the same way, or cannot start; nobody is charged."""
-
-    exit_code = 76
-
-    def __init__(self, stage: str, reason: str, *, kind: str) -> None:
-        super().__init__(reason, stage=stage, kind=kind)
+_QUEUE_AHEAD_S = 0.05
 
 
 class Feed(Protocol):
@@ -106,19 +96,44 @@ class Limits:
 
 @dataclass(slots=True)
 class _Chunk:
-    """A call that waits or runs."""
+    """Items that wait for a call, or a call that runs.
+
+    Attributes:
+        inputs: The items.
+        group: The group that is to work on them.
+        at: First slot that still waits; a call takes as many as its time allows.
+        isolated: Its worker holds no other call; it may kill it.
+        exclusive: Nothing else runs at all; it may kill the driver.
+        tainted: The mark named one of its sources before and the rest died again.
+    """
 
     inputs: Inputs
     group: int
+    at: int = 0
     isolated: bool = False
     exclusive: bool = False
     tainted: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.isolated or self.exclusive or self.tainted)
+
+    def __len__(self) -> int:
+        return len(self.inputs) - self.at
+
+    def cut(self, count: int) -> Inputs:
+        """Take up to ``count`` items from the front."""
+        start, self.at = self.at, min(len(self.inputs), self.at + count)
+        if start == 0 and self.at == len(self.inputs):
+            return self.inputs
+        return self.inputs.select(range(start, self.at))
 
 
 @dataclass(slots=True)
 class _Worker:
     ref: WorkerRef
     ready: bool = False
+    fruitless: int = 0
     calls: deque[int] = field(default_factory=deque)
 
 
@@ -126,24 +141,55 @@ class _Worker:
 class _GroupState:
     group: Group
     workers: list[_Worker]
+    counts: list[StageCount]
     queue: deque[_Chunk] = field(default_factory=deque)
     waiting: int = 0
     waiting_bytes: int = 0
     seconds_per_item: float = 0.0
-    fruitless_starts: int = 0
-    counts: list[StageCount] = field(default_factory=list)
 
+    def enqueue(self, chunk: _Chunk, *, front: bool = False) -> None:
+        if not len(chunk):
+            return
+        (self.queue.appendleft if front else self.queue.append)(chunk)
+        self.waiting += len(chunk)
+        self.waiting_bytes += chunk.inputs.size_bytes()
 
-@dataclass(slots=True)
-class _Streak:
-    """Consecutive failures of one stage by sources that never failed before."""
+    def unqueue(self, position: int) -> _Chunk:
+        """Take a chunk out whole."""
+        chunk = self.queue[position]
+        inputs = self.cut(position, len(chunk))
+        return _Chunk(
+            inputs,
+            chunk.group,
+            isolated=chunk.isolated,
+            exclusive=chunk.exclusive,
+            tainted=chunk.tainted,
+        )
 
-    kind: str = ""
-    failures: list[Failure] = field(default_factory=list)
+    def cut(self, position: int, count: int) -> Inputs:
+        """Take up to ``count`` items from the front of a chunk."""
+        chunk = self.queue[position]
+        inputs = chunk.cut(count)
+        self.waiting -= len(inputs)
+        self.waiting_bytes -= inputs.size_bytes()
+        if not len(chunk):
+            del self.queue[position]
+        return inputs
 
 
 class Executor:
-    """Runs the sources of one shard."""
+    """Runs the sources of one shard.
+
+    Args:
+        groups: The pipeline's groups, in order.
+        pool: Their workers.
+        feed: Fresh sources.
+        listener: Told what became of them.
+        limits: What bounds the executor.
+        attempts: Tries that were charged before, by source.
+        suspects: Groups of sources that were in flight when a driver died.
+        has_sink: Whether the last stage's items are rows.
+    """
 
     def __init__(
         self,
@@ -158,7 +204,6 @@ class Executor:
         has_sink: bool = True,
     ) -> None:
         self._pool, self._feed, self._listener, self._limits = pool, feed, listener, limits
-        self._charged: dict[int, int] = dict(attempts or {})
         self._has_sink = has_sink
         self._groups = [
             _GroupState(
@@ -168,24 +213,23 @@ class Executor:
             )
             for group in groups
         ]
-        self._stage_names = [s.name for group in groups for s in group.stages]
+        self._names = [stage.name for group in groups for stage in group.stages]
+        self._judge = Judge(
+            limits.max_attempts,
+            attempts or {},
+            charge=listener.failed,
+            give_up=self._give_up,
+        )
+        # With one group its workers build the frames, and nothing travels.
+        self._assembly = Assembly(limits.chunk_max, listener.completed) if len(groups) > 1 else None
+        self._framed = 0
         self._calls: dict[int, tuple[_Chunk, _Worker]] = {}
         self._numbers = itertools.count(1)
-        self._accounting = Accounting()
-        self._ids: dict[int, str] = {}
-        self._rows: dict[int, list[tuple[ItemPath, bytes]]] = defaultdict(list)
-        self._files: dict[int, list[tuple[ItemPath, str]]] = defaultdict(list)
-        self._done: dict[int, str] = {}
-        self._done_bytes = 0
-        self._streaks: dict[str, _Streak] = defaultdict(_Streak)
-        self._retries: list[int] = []
+        self._exclusive_call = 0
         self._solo = deque(half for group in suspects for half in _halves(group))
+        self._again: deque[int] = deque()
         self._deadly: set[int] = set()
-        self._held: set[int] = set()
         self._stopping = self._holding = False
-        self.quarantined = 0
-        self.completed = 0
-
 
     def stop(self) -> None:
         """Admit no more sources; what is in flight may finish."""
@@ -201,20 +245,29 @@ class Executor:
         return all(any(worker.ready for worker in state.workers) for state in self._groups)
 
     @property
+    def completed(self) -> int:
+        """Sources that are complete."""
+        return self._framed if self._assembly is None else self._assembly.completed
+
+    @property
+    def quarantined(self) -> int:
+        """Sources that are not tried again."""
+        return self._judge.quarantined
+
+    @property
     def in_flight(self) -> int:
         """Sources that workers hold or that wait between groups."""
-        calls = sum(len(chunk.inputs) for chunk, _ in self._calls.values())
-        return max(calls, len(self._accounting))
+        calls = sum(len(chunk) for chunk, _ in self._calls.values())
+        return calls if self._assembly is None else max(calls, len(self._assembly))
 
     @property
     def failing(self) -> int:
         """Sources that failed and are to be tried again by this attempt."""
-        return len(self._retries) + sum(len(s.failures) for s in self._streaks.values())
+        return self._judge.failing + len(self._again)
 
     def counts(self) -> list[StageCount]:
         """Return the counters of every stage, in order."""
         return [count for state in self._groups for count in state.counts]
-
 
     def start(self) -> None:
         """Begin to start all workers."""
@@ -235,89 +288,91 @@ class Executor:
         Raises:
             StageBrokenError: A stage fails everything in one way, or cannot start.
         """
-        while True:
-            if not tick():
-                return False
+        while tick():
             self._dispatch()
             if not self._calls and self._stopping:
-                self._flush()
-                return self._is_settled()
+                self.flush_completed()
+                return self._is_idle() and not self.failing
             if not self._calls and self._is_idle():
-                if self._retry_failed():
+                self._again.extend(self._order_retries())
+                if self._again:
                     continue
-                self._flush()
+                self.flush_completed()
                 return True
             for event in self._pool.wait(tick_s):
                 self._handle(event)
+        return False
+
+    def flush_completed(self) -> None:
+        """Hand on what has completed so far; called from ``tick`` to bound its age."""
+        if self._assembly is not None:
+            self._assembly.flush()
 
     def _is_idle(self) -> bool:
         waiting = any(state.queue for state in self._groups)
-        return not waiting and not self._solo and self._feed.left() == 0
+        return not (waiting or self._solo or self._again or self._feed.left())
 
-    def _is_settled(self) -> bool:
-        return self._is_idle() and not self._calls and not self.failing
-
-    def _retry_failed(self) -> bool:
-        """At the end of the shard, take the failed sources once more."""
-        for streak in self._streaks.values():
-            self._settle_streak(streak)
-        if not self._retries:
-            return False
-        sources, self._retries = sorted(self._retries), []
-        first = self._groups[0]
-        size = self._chunk_size(first)
-        ordinary = [source for source in sources if source not in self._deadly]
-        chunks = [ordinary[i : i + size] for i in range(0, len(ordinary), size)]
-        chunks += [[source] for source in sources if source in self._deadly]
-        for chunk in chunks:
-            inputs = self._feed.give(chunk)
-            self._set_attempts(inputs)
-            self._enqueue(first, _Chunk(inputs, 0, isolated=chunk[0] in self._deadly))
-        return True
-
-    def _set_attempts(self, inputs: Inputs) -> None:
-        if not self._charged:
-            return
-        for slot, source in enumerate(inputs.sources):
-            charged = self._charged.get(source)
-            if charged:
-                inputs.attempts[slot] = charged + 1
-
+    def _order_retries(self) -> list[int]:
+        """Return the failed sources; those that end their worker come last."""
+        return sorted(self._judge.take_retries(), key=lambda source: source in self._deadly)
 
     def _dispatch(self) -> None:
-        if any(chunk.exclusive for chunk, _ in self._calls.values()):
-            return
+        while self._dispatch_once():
+            pass
+
+    def _dispatch_once(self) -> bool:
+        """Give every worker with room one call, deepest group and least busy worker first."""
+        given = False
         for state in reversed(self._groups):
-            for worker in sorted(state.workers, key=lambda w: len(w.calls)):
-                while worker.ready and self._has_room(state, worker):
-                    chunk = self._next_chunk(state, worker)
-                    if chunk is None:
-                        break
+            for worker in sorted(state.workers, key=lambda worker: len(worker.calls)):
+                if self._exclusive_call in self._calls:
+                    return False
+                if not worker.ready or not self._has_room(state, worker):
+                    continue
+                chunk = self._next_chunk(state, worker)
+                if chunk is not None:
                     self._submit(worker, chunk)
-                    if chunk.exclusive:
-                        return
+                    given = True
+        return given
 
     def _has_room(self, state: _GroupState, worker: _Worker) -> bool:
+        if not worker.calls:
+            return True
         if any(self._calls[call][0].isolated for call in worker.calls):
             return False
-        if not state.group.is_async:
-            return len(worker.calls) < 2
-        held = sum(len(self._calls[call][0].inputs) for call in worker.calls)
-        return held < state.group.concurrency * 3 // 2 + 1
+        if state.group.is_async:
+            held = sum(len(self._calls[call][0]) for call in worker.calls)
+            return held < state.group.concurrency * 3 // 2 + 1
+        # A call waits behind another only where that costs less than a round trip to the
+        # driver; a slow one is better off with the next free worker, a batch better full.
+        is_quick = 0 < state.seconds_per_item < _QUEUE_AHEAD_S
+        is_full = state.group.number == 0 or state.waiting >= state.group.batch_size
+        return len(worker.calls) < 2 and is_quick and is_full
 
     def _next_chunk(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+        is_first = state.group.number == 0
+        if is_first and not self._may_admit():
+            return None
         for position, chunk in enumerate(state.queue):
-            if chunk.isolated and worker.calls:
+            if (chunk.isolated and worker.calls) or (chunk.exclusive and self._calls):
                 continue
-            if chunk.exclusive and self._calls:
-                continue
-            del state.queue[position]
-            state.waiting -= len(chunk.inputs)
-            state.waiting_bytes -= chunk.inputs.size_bytes()
-            return chunk
-        if state.group.number == 0 and self._may_admit():
-            return self._admit(state, worker)
-        return None
+            found = self._gather(state, position) if chunk.is_plain else state.unqueue(position)
+            if self._assembly is not None and not is_first:
+                found.inputs = self._assembly.living(found.inputs)
+            return found if len(found) else self._next_chunk(state, worker)
+        return self._admit(state, worker) if is_first else None
+
+    def _gather(self, state: _GroupState, position: int) -> _Chunk:
+        """Make a call of plain chunks that wait one after another."""
+        room, size_bytes, parts = self._chunk_size(state), 0, []
+        while room > 0 and size_bytes < _CHUNK_BYTES and position < len(state.queue):
+            if not state.queue[position].is_plain:
+                break
+            part = state.cut(position, room)
+            parts.append(part)
+            room -= len(part)
+            size_bytes += part.size_bytes()
+        return _Chunk(Inputs.concat(parts), state.group.number)
 
     def _may_admit(self) -> bool:
         if self._stopping or self._holding:
@@ -329,50 +384,58 @@ class Executor:
         )
 
     def _admit(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+        waiting = any(later.queue for later in self._groups)
         if self._solo:
-            if self._calls or worker.calls:
+            if self._calls or waiting:
                 return None
-            return self._suspects_of_a_death(self._solo.popleft())
-        inputs = self._feed.take(self._chunk_size(state), _CHUNK_BYTES)
+            return self._take_again(self._solo.popleft(), isolated=True, exclusive=True)
+        if waiting and any(chunk.exclusive for later in self._groups for chunk in later.queue):
+            return None
+        size = self._chunk_size(state)
+        if self._again:
+            return self._admit_again(worker, size)
+        inputs = self._feed.take(size, _CHUNK_BYTES)
         if inputs is None:
             return None
-        self._set_attempts(inputs)
+        self._judge.number_tries(inputs)
         return _Chunk(inputs, 0)
 
-    def _suspects_of_a_death(self, sources: BitMap) -> _Chunk:
+    def _admit_again(self, worker: _Worker, size: int) -> _Chunk | None:
+        again, deadly = self._again, self._deadly
+        if again[0] in deadly:
+            return None if worker.calls else self._take_again([again.popleft()], isolated=True)
+        taken: list[int] = []
+        while again and len(taken) < size and again[0] not in deadly:
+            taken.append(again.popleft())
+        return self._take_again(taken)
+
+    def _take_again(
+        self, sources: Sequence[int] | BitMap, *, isolated: bool = False, exclusive: bool = False
+    ) -> _Chunk:
         inputs = self._feed.give(list(sources))
-        self._set_attempts(inputs)
-        return _Chunk(inputs, 0, isolated=True, exclusive=True)
+        self._judge.number_tries(inputs)
+        return _Chunk(inputs, 0, isolated=isolated, exclusive=exclusive)
 
     def _chunk_size(self, state: _GroupState) -> int:
-        limits = self._limits
-        per_item = state.seconds_per_item
+        limits, per_item = self._limits, state.seconds_per_item
+        left = self._feed.left() + len(self._again) if state.group.number == 0 else state.waiting
+        # Small calls at the end keep all workers busy until it.
+        spread = -(-left // (4 * len(state.workers)))
         size = int(limits.chunk_target_s / per_item) if per_item else 1
-        spread = -(-(self._feed.left() or 1) // (4 * len(state.workers)))
-        size = min(size, limits.chunk_max, max(1, spread))
-        return max(1, size, min(state.group.batch_size, limits.chunk_max))
+        return max(1, min(size, spread, limits.chunk_max), min(state.group.batch_size, 4096))
 
     def _submit(self, worker: _Worker, chunk: _Chunk) -> None:
         call = next(self._numbers)
-        if len(self._groups) > 1 and chunk.group == 0:
-            self._admit_pending(chunk.inputs)
+        if self._assembly is not None and chunk.group == 0:
+            self._assembly.admit(chunk.inputs)
         self._calls[call] = (chunk, worker)
         worker.calls.append(call)
+        if chunk.exclusive:
+            self._exclusive_call = call
         sources = BitMap(chunk.inputs.sources)
         self._listener.started(call, sources, alone=chunk.exclusive and len(sources) == 1)
         slow = self._groups[chunk.group].seconds_per_item > 2e-4
         self._pool.submit(worker.ref, call, chunk.inputs, marked=chunk.isolated or slow)
-
-    def _admit_pending(self, inputs: Inputs) -> None:
-        for slot, source in enumerate(inputs.sources):
-            self._ids[source] = inputs.source_id(slot)
-            self._accounting.admit(source, inputs.attempt(slot))
-
-    def _enqueue(self, state: _GroupState, chunk: _Chunk, *, front: bool = False) -> None:
-        (state.queue.appendleft if front else state.queue.append)(chunk)
-        state.waiting += len(chunk.inputs)
-        state.waiting_bytes += chunk.inputs.size_bytes()
-
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Finished):
@@ -398,21 +461,16 @@ class Executor:
         state, result = self._groups[chunk.group], event.result
         if result.broken is not None:
             self._broken(state, worker, chunk, result.broken)
-            self._listener.ended(event.call)
-            return
-        state.fruitless_starts = 0
-        self._learn(state, chunk, result)
-        if len(self._groups) > 1:
+        else:
+            worker.fruitless = 0
+            self._learn(state, chunk, result)
             self._account(chunk, result)
-        elif result.frame is not None:
-            self.completed += result.completed
-            self._listener.completed(result.frame, result.completed)
-        # Last, since a broken stage ends the run here and what succeeded must stay.
-        self._judge(chunk, result)
+            # Last, since a broken stage ends the run here and what succeeded must stay.
+            self._judge.judge(chunk.inputs, result.failures, worked=result.worked)
         self._listener.ended(event.call)
 
     def _learn(self, state: _GroupState, chunk: _Chunk, result: ChunkResult) -> None:
-        per_item = result.seconds / max(1, len(chunk.inputs))
+        per_item = result.seconds / max(1, len(chunk))
         known = state.seconds_per_item
         state.seconds_per_item = per_item if not known else 0.7 * known + 0.3 * per_item
         for total, part in zip(state.counts, result.counts, strict=True):
@@ -422,242 +480,125 @@ class Executor:
             total.failed += part.failed
             total.seconds += part.seconds
 
+    def _account(self, chunk: _Chunk, result: ChunkResult) -> None:
+        if self._assembly is None:
+            if result.frame is not None:
+                self._framed += result.completed
+                self._listener.completed(result.frame, result.completed)
+            return
+        is_last = chunk.group == len(self._groups) - 1
+        onward = self._assembly.take(chunk.inputs, result, has_rows=is_last and self._has_sink)
+        if not is_last:
+            # What may kill the driver stays alone in every group.
+            state = self._groups[chunk.group + 1]
+            flags = {"isolated": chunk.exclusive, "exclusive": chunk.exclusive}
+            state.enqueue(_Chunk(onward, state.group.number, **flags))
+
+    def _give_up(self, source: int) -> None:
+        if self._assembly is not None:
+            self._assembly.forget(source)
+
     def _broken(self, state: _GroupState, worker: _Worker, chunk: _Chunk, reason: str) -> None:
-        self._requeue_calls(state, worker)
-        self._enqueue(state, chunk, front=True)
+        for call in reversed(worker.calls):
+            other, _ = self._calls.pop(call)
+            self._listener.ended(call)
+            state.enqueue(other, front=True)
+        worker.calls.clear()
+        state.enqueue(chunk, front=True)
         self._pool.retire(worker.ref)
         self._restart(state, worker, reason)
 
-    def _requeue_calls(self, state: _GroupState, worker: _Worker) -> None:
-        for call in reversed(worker.calls):
-            chunk, _ = self._calls.pop(call)
-            self._listener.ended(call)
-            self._enqueue(state, chunk, front=True)
-        worker.calls.clear()
-
     def _restart(self, state: _GroupState, worker: _Worker, reason: str | None) -> None:
-        if reason is not None:
-            state.fruitless_starts += 1
-            log.warning("a worker of %s is broken: %s", state.group.name, reason)
-            if state.fruitless_starts >= MAX_STARTS_WITHOUT_WORK:
-                raise StageBrokenError(
-                    state.group.name,
-                    f"stage {state.group.name!r} broke its worker "
-                    f"{state.fruitless_starts} times without finishing a source: {reason}",
-                    kind="stage-start",
-                )
-        worker.ref = WorkerRef(worker.ref.group, worker.ref.index, worker.ref.start + 1)
         worker.ready = False
-        self._pool.start(worker.ref)
-
+        worker.ref = WorkerRef(worker.ref.group, worker.ref.index, worker.ref.start + 1)
+        if reason is not None:
+            worker.fruitless += 1
+            log.warning("a worker of %s is broken: %s", state.group.name, reason)
+        if worker.fruitless < MAX_STARTS_WITHOUT_WORK:
+            self._pool.start(worker.ref)
+        elif any(other.ready for other in state.workers):
+            log.error("a worker of %s is given up; others go on without it", state.group.name)
+        else:
+            raise StageBrokenError(
+                state.group.name,
+                f"stage {state.group.name!r} broke its worker "
+                f"{worker.fruitless} times without finishing a source: {reason}",
+                kind="stage-start",
+            )
 
     def _died(self, state: _GroupState, worker: _Worker, event: Died) -> None:
         log.warning("a worker of %s died: %s", state.group.name, event.reason)
         calls, worker.calls = list(worker.calls), deque()
         held = [(call, self._calls.pop(call)[0]) for call in calls]
         self._restart(state, worker, None)
-        # A synchronous worker runs its calls in order, so only the oldest was being worked on.
-        suspect_count = len(held) if state.group.is_async else 1
-        for call, chunk in reversed(held[suspect_count:]):
-            self._listener.ended(call)
-            self._enqueue(state, chunk, front=True)
-        for call, chunk in held[:suspect_count]:
+        suspects = self._suspect_calls(state, [chunk for _, chunk in held], event.source)
+        for number, (call, chunk) in reversed(list(enumerate(held))):
+            if number not in suspects:
+                self._listener.ended(call)
+                state.enqueue(chunk, front=True)
+        for number in suspects:
+            call, chunk = held[number]
             self._suspect(state, chunk, event)
             self._listener.ended(call)
+
+    def _suspect_calls(
+        self, state: _GroupState, held: Sequence[_Chunk], source: int | None
+    ) -> list[int]:
+        """Return which calls of a dead worker it was working on."""
+        if state.group.is_async:
+            return list(range(len(held)))
+        # A synchronous worker runs its calls in order: the oldest, unless the mark knows
+        # that its result was only not yet on its way.
+        named = (n for n, chunk in enumerate(held) if source in chunk.inputs.sources)
+        first = 0 if source is None else next(named, 0)
+        return [first] if held else []
 
     def _suspect(self, state: _GroupState, chunk: _Chunk, event: Died) -> None:
         inputs = chunk.inputs
         slots = [s for s, source in enumerate(inputs.sources) if source == event.source]
         if event.overdue and slots:
-            self._charge_slots(chunk, slots, event, kind="timeout")
             rest = [slot for slot in range(len(inputs)) if slot not in set(slots)]
-            if rest:
-                self._enqueue(state, _Chunk(inputs.select(rest), chunk.group), front=True)
+            state.enqueue(_Chunk(inputs.select(rest), chunk.group), front=True)
+            self._charge(chunk, slots, event, kind="timeout")
+        elif len(inputs) == 1 and chunk.isolated:
+            self._charge(chunk, [0], event, kind="timeout" if event.overdue else "death")
         elif len(inputs) == 1:
-            if chunk.isolated:
-                self._charge_slots(chunk, [0], event, kind="death")
-            else:
-                self._enqueue(state, self._isolated(chunk, [0]), front=True)
+            state.enqueue(self._isolated(chunk, [0]), front=True)
         elif len(slots) == 1 and not chunk.tainted:
             rest = [slot for slot in range(len(inputs)) if slot != slots[0]]
-            others = _Chunk(
-                inputs.select(rest), chunk.group, chunk.isolated, chunk.exclusive, tainted=True
-            )
-            self._enqueue(state, others, front=True)
-            self._enqueue(state, self._isolated(chunk, slots), front=True)
+            others = self._isolated(chunk, rest)
+            others.isolated, others.tainted = chunk.isolated, True
+            state.enqueue(others, front=True)
+            state.enqueue(self._isolated(chunk, slots), front=True)
         else:
             middle = len(inputs) // 2
-            self._enqueue(state, self._isolated(chunk, range(middle, len(inputs))), front=True)
-            self._enqueue(state, self._isolated(chunk, range(middle)), front=True)
+            state.enqueue(self._isolated(chunk, range(middle, len(inputs))), front=True)
+            state.enqueue(self._isolated(chunk, range(middle)), front=True)
 
     def _isolated(self, chunk: _Chunk, slots: Sequence[int]) -> _Chunk:
-        return _Chunk(
-            chunk.inputs.select(slots), chunk.group, isolated=True, exclusive=chunk.exclusive
-        )
+        inputs = chunk.inputs.select(slots)
+        return _Chunk(inputs, chunk.group, isolated=True, exclusive=chunk.exclusive)
 
-    def _charge_slots(self, chunk: _Chunk, slots: Sequence[int], event: Died, *, kind: str) -> None:
-        stage = self._stage_names[event.stage] if event.source is not None else ""
-        stage = stage or self._groups[chunk.group].group.name
-        result = ChunkResult(
-            failures=[
-                SlotFailure(slot, stage, chunk.inputs.source_id(slot), kind, event.reason)
-                for slot in slots
-            ]
-        )
-        self._deadly.update(chunk.inputs.sources[slot] for slot in slots)
-        self._judge(chunk, result, streaks=False)
-        if len(self._groups) > 1:
-            self._acknowledge_failures(chunk, result)
-
-
-    def _judge(self, chunk: _Chunk, result: ChunkResult, *, streaks: bool = True) -> None:
-        """Charge the failures of a call, holding back those that may be a broken stage's."""
-        inputs = chunk.inputs
-        for failed in result.failures:
-            source = inputs.sources[failed.slot]
-            attempt = inputs.attempt(failed.slot)
-            if source in self._held or self._charged.get(source, 0) >= attempt:
-                continue
-            failure = Failure(
-                source=source,
-                source_id=inputs.source_id(failed.slot),
-                item=failed.item,
-                stage=failed.stage,
-                kind=failed.kind,
-                message=failed.message,
-                traceback=failed.traceback,
-                attempt=attempt,
-                retry=failed.retry,
+    def _charge(self, chunk: _Chunk, slots: Sequence[int], event: Died, *, kind: str) -> None:
+        """Charge the source that a worker died of."""
+        state, inputs, is_known = self._groups[chunk.group], chunk.inputs, event.source is not None
+        stage = self._names[event.stage] if is_known else state.group.name
+        for count in state.counts:
+            count.failed += len(slots) if count.name == stage else 0
+        failures = [
+            SlotFailure(
+                slot,
+                stage,
+                item_id(inputs.source_id(slot), self._names, inputs.path(slot)),
+                kind,
+                event.reason,
             )
-            if not streaks or attempt > 1 or not failed.retry:
-                self._charge(failure)
-                continue
-            self._extend_streak(failed, failure)
-        for stage in result.worked:
-            if stage in self._streaks:
-                self._settle_streak(self._streaks[stage])
-
-    def _extend_streak(self, failed: SlotFailure, failure: Failure) -> None:
-        streak = self._streaks[failed.stage]
-        if failed.after_success or streak.kind != failed.kind:
-            self._settle_streak(streak)
-        streak.kind = failed.kind
-        streak.failures.append(failure)
-        self._held.add(failure.source)
-        if len(streak.failures) >= MAX_LIKE_FAILURES:
-            raise StageBrokenError(
-                failed.stage,
-                f"stage {failed.stage!r} failed {len(streak.failures)} consecutive sources "
-                f"with {failed.kind}: {failed.message}",
-                kind="stage-broken",
-            )
-
-    def _settle_streak(self, streak: _Streak) -> None:
-        failures, streak.failures, streak.kind = streak.failures, [], ""
-        for failure in failures:
-            self._held.discard(failure.source)
-            self._charge(failure)
-
-    def _charge(self, failure: Failure) -> None:
-        source = failure.source
-        self._charged[source] = max(self._charged.get(source, 0), failure.attempt)
-        self._listener.failed(failure)
-        if failure.retry and failure.attempt < self._limits.max_attempts:
-            self._retries.append(source)
-        else:
-            self.quarantined += 1
-            self._forget(source)
-
-    def _forget(self, source: int) -> None:
-        self._accounting.forget(source)
-        self._rows.pop(source, None)
-        self._files.pop(source, None)
-        self._ids.pop(source, None)
-
-
-    def _acknowledge_failures(self, chunk: _Chunk, result: ChunkResult) -> None:
-        inputs = chunk.inputs
-        for failed in result.failures:
-            source = inputs.sources[failed.slot]
-            ack = Ack(source, inputs.attempt(failed.slot), inputs.path(failed.slot), failed=True)
-            if source in self._accounting:
-                self._accounting.acknowledge(ack)
-            self._rows.pop(source, None)
-            self._files.pop(source, None)
-
-    def _account(self, chunk: _Chunk, result: ChunkResult) -> None:
-        self._acknowledge_failures(chunk, result)
-        inputs, last = chunk.inputs, chunk.group == len(self._groups) - 1
-        onward = Inputs(array("I"), ids=[], paths=[], items=[])
-        failed = {failure.slot for failure in result.failures}
-        for slot, source in enumerate(inputs.sources):
-            attempt = inputs.attempt(slot)
-            if slot in failed or not self._is_current(source, attempt):
-                continue
-            if slot in result.files:
-                self._files[source] += result.files[slot]
-            emitted = () if last else result.emitted[slot]
-            if last and self._has_sink:
-                self._rows[source] += result.rows[slot]
-            for path, item in emitted:
-                _append(
-                    onward, source, inputs.source_id(slot), attempt=attempt, path=path, item=item
-                )
-            paths = tuple(path for path, _ in emitted)
-            verdict = self._accounting.acknowledge(Ack(source, attempt, inputs.path(slot), paths))
-            if verdict is Verdict.COMPLETE:
-                self._complete(source)
-        if len(onward):
-            self._hand_over(self._groups[chunk.group + 1], onward)
-
-    def _is_current(self, source: int, attempt: int) -> bool:
-        return source in self._accounting and self._accounting.attempt(source) == attempt
-
-    def _hand_over(self, state: _GroupState, onward: Inputs) -> None:
-        size = self._chunk_size(state)
-        for start in range(0, len(onward), size):
-            slots = range(start, min(start + size, len(onward)))
-            part = onward if len(slots) == len(onward) else onward.select(slots)
-            self._enqueue(state, _Chunk(part, state.group.number))
-
-    def _complete(self, source: int) -> None:
-        self._done[source] = self._ids.pop(source)
-        self._done_bytes += sum(len(row) for _, row in self._rows[source])
-        self.completed += 1
-        if self._done_bytes >= _FRAME_BYTES or len(self._done) >= self._limits.chunk_max:
-            self._flush()
-
-    def flush_completed(self) -> None:
-        """Hand on what has completed so far; called from ``tick`` to bound its age."""
-        self._flush()
-
-    def _flush(self) -> None:
-        if not self._done:
-            return
-        frame = FrameBuilder()
-        for source in sorted(self._done):
-            # Items arrive in any order; within a source rows are in item order.
-            frame.add(source, sorted(self._rows.pop(source, ())))
-            files = self._files.pop(source, None)
-            if files:
-                frame.add_files(self._done[source], sorted(files))
-        count = len(self._done)
-        self._done, self._done_bytes = {}, 0
-        self._listener.completed(frame.build(), count)
-
-
-def _append(
-    onward: Inputs, source: int, source_id: str, *, attempt: int, path: ItemPath, item: bytes
-) -> None:
-    assert onward.ids is not None
-    assert onward.paths is not None
-    assert onward.items is not None
-    if attempt > 1:
-        onward.attempts[len(onward)] = attempt
-    onward.sources.append(source)
-    onward.ids.append(source_id)
-    onward.paths.append(path)
-    onward.items.append(item)
+            for slot in slots
+        ]
+        self._deadly.update(inputs.sources[slot] for slot in slots)
+        if self._assembly is not None:
+            self._assembly.fail(inputs, slots)
+        self._judge.judge(inputs, failures, may_wait=is_known)
 
 
 def _halves(group: BitMap) -> Iterator[BitMap]:

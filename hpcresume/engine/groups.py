@@ -52,7 +52,7 @@ class Group:
     @property
     def concurrency(self) -> int:
         """Items that one worker can have in flight."""
-        return max(stage.max_concurrency for stage in self.stages)
+        return max(stage.max_concurrency * stage.batch_size for stage in self.stages)
 
     @property
     def name(self) -> str:

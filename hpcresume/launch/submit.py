@@ -96,15 +96,20 @@ def choose_cluster(cluster: str) -> str:
     Raises:
         SlurmMissingError: Slurm was asked for and is not here.
     """
-    available = slurm.available()
-    if cluster == "slurm" and not available:
+    if cluster == "local" or (cluster == "auto" and not slurm.available()):
+        return "local"
+    if not slurm.available():
         raise SlurmMissingError(
             "no sbatch on PATH, but --cluster slurm was given. Nothing was submitted. "
             "Log in to a cluster, load its Slurm module, or run here with --cluster local."
         )
     if cluster == "auto":
-        return "slurm" if available else "local"
-    return cluster
+        try:
+            slurm.config()
+        except SlurmMissingError:
+            # The commands are installed, but no cluster is configured for them.
+            return "local"
+    return "slurm"
 
 
 def resolve(submission: Submission, cluster: str) -> Resolved:

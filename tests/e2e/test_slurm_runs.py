@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -58,4 +59,53 @@ def test_two_tasks_killed(each_cluster: SlurmCluster) -> None:
 
     assert "complete" == status["state"], status
     assert 2 == len(status["rounds"]), status
+    assert fan_result() == collected(command, run)
+
+
+def attempts_of(command: Command, run: Path) -> list[dict[str, object]]:
+    """Return the outcomes of all attempts of task 0 in round 0, oldest first."""
+    paths = sorted(run.glob("rounds/0000/tasks/00000/e*/outcome.json"))
+    return [json.loads(path.read_bytes()) for path in paths]
+
+
+def test_preemption_with_grace(slurm_cluster: SlurmCluster) -> None:
+    """
+    A preempted task drains and publishes within the grace period, requeues itself, and its
+    next attempt continues; no source is charged and none runs in vain.
+    """
+    command, run = submit(slurm_cluster, "--array", "1", "-c", "2", ms=250)
+    wait_until(
+        lambda: completed_by(command, run, 0),
+        timeout_s=120,
+        describe=lambda: slurm_cluster.evidence() + logs_of(run),
+    )
+    array = command.status(run)["rounds"][0]["job_id"]
+    slurm_cluster.preempt(f"{array}_0", hold_s=5)
+
+    status = command.wait_ended(run)
+
+    first, second = attempts_of(command, run)
+    assert ("saved", "terminated") == (first["state"], first["kind"])
+    assert "done" == second["state"]
+    assert "complete" == status["state"]
+    assert 1 == len(status["rounds"])
+    assert 200 == first["completed"] + second["completed"]
+    assert [] == command.json("failures", str(run))["failures"]
+    assert fan_result() == collected(command, run)
+
+
+def test_time_limit(slurm_cluster: SlurmCluster) -> None:
+    """
+    Near its time limit a task stops taking sources, publishes and requeues exactly itself;
+    USR2, which comes early, only makes it look at the limit.
+    """
+    command, run = submit(slurm_cluster, "--array", "1", "-c", "2", "-t", "1", ms=600)
+
+    status = command.wait_ended(run, timeout_s=300)
+
+    first, second = attempts_of(command, run)
+    assert ("saved", "time-limit") == (first["state"], first["kind"])
+    assert 40 < first["elapsed_s"] < 60
+    assert "done" == second["state"]
+    assert ("complete", 1) == (status["state"], len(status["rounds"]))
     assert fan_result() == collected(command, run)
