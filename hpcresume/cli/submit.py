@@ -167,6 +167,7 @@ def _flags(given: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, dict[s
 def submit(
     target: str,
     sbatch_options: tuple[str, ...],
+    *,
     collect_to: Path | None,
     wait: bool,
     dry_run: bool,
@@ -205,14 +206,20 @@ def submit(
 
 
 def _announce(ready: Ready) -> None:
+    from hpcresume.launch.rounds import stand
+
     prepared = ready.prepared
     for note in prepared.notes:
         say(note, err=True)
     say(f"run directory  {_shown(prepared.run.path)}", err=True)
-    total = human_count(prepared.manifest.total, "source")
-    added = f", {human_count(prepared.added)} of them new" if prepared.added else ""
-    say(f"sources        {total}{added}", err=True)
-    if not prepared.manifest.total:
+    standing = stand(prepared.run, prepared.manifest, ready.resolved.settings)
+    left = len(standing.remainder)
+    say(
+        f"sources        {standing.total:,}: {prepared.added:,} new, "
+        f"{standing.total - left:,} done, {left:,} left",
+        err=True,
+    )
+    if not standing.total:
         say("the list of sources is empty: there is nothing to do", err=True)
     if prepared.loaded.pipeline.sink is None:
         say("no sink: side effects may happen more than once for a source", err=True)
@@ -308,7 +315,6 @@ def _submit(ready: Ready) -> Step:
         asks += [request.time] if request.time else []
         verb = "already at work" if step.state == "running" else "submitted"
         tasks = human_count(step.job.tasks, "task")
-        say(f"left           {human_count(len(step.standing.remainder), 'source')}", err=True)
         say(f"array          {step.job.array} {verb}: {tasks} of {', '.join(asks)}", err=True)
         say(f"merge          {step.job.merge}, and {step.job.twin} if that one dies", err=True)
     return step

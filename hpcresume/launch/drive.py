@@ -158,8 +158,10 @@ class LocalRun:
                 path=self.run.path,
             )
         settings = self.resolved.settings
+        by_hand = True
         while True:
-            standing = settle(self.run, self.manifest, settings)
+            standing = settle(self.run, self.manifest, settings, by_hand=by_hand)
+            by_hand = False
             if not standing.remainder:
                 finish_run(self.run, standing, self.pipeline)
                 return Step("finished", standing)

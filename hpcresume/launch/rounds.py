@@ -62,8 +62,17 @@ def stand(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
     return Standing(union, owed - union.settled(), len(owed))
 
 
-def settle(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
+def settle(
+    run: RunDir, manifest: Manifest, settings: Settings, *, by_hand: bool = False
+) -> Standing:
     """Unite what has been published into a new generation, where there is anything new.
+
+    Args:
+        run: The run.
+        manifest: Its sources.
+        settings: Settings of the run.
+        by_hand: Somebody has just asked to go on, so what stopped the run before is no
+            reason now: at least one more round is planned.
 
     Raises:
         SharedStorageError: The file system refused.
@@ -73,7 +82,7 @@ def settle(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
         union = standing.union
         stopped, finished = union.stopped, union.finished
         union.finished = finished and not standing.remainder
-        if standing.remainder and not union.stopped:
+        if standing.remainder and not union.stopped and not by_hand:
             union.stopped = why_stopped(run, standing, settings)
         if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
             return standing

@@ -20,6 +20,7 @@ from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, check_submittable, submit_round
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.run.directory import RunDir
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_ready(submission: Submission) -> Ready:
         HpcResumeError: As :func:`~hpcresume.launch.prepare.prepare` and
             :func:`~hpcresume.config.load_settings`.
     """
-    cluster = choose_cluster(submission.cluster)
+    cluster = choose_cluster(_wanted_cluster(submission))
     resolved = resolve(submission, cluster)
     prepared = prepare(
         submission.target,
@@ -88,6 +89,15 @@ def make_ready(submission: Submission) -> Ready:
         cwd=str(submission.cwd.absolute()),
     )
     return Ready(prepared, with_stage_needs(resolved, prepared.loaded.pipeline, cluster), launch)
+
+
+def _wanted_cluster(submission: Submission) -> str:
+    """Return the cluster asked for: of a run that is continued by its name, the last one."""
+    path = submission.cwd / submission.target
+    if submission.cluster != "auto" or not (path / "run.json").exists():
+        return submission.cluster
+    last = newest_plan(RunDir.open(str(path.absolute())))
+    return last.footer.launch.cluster if last else "auto"
 
 
 def choose_cluster(cluster: str) -> str:
@@ -187,16 +197,15 @@ def submit_to_slurm(ready: Ready) -> Step:
     """
     run, manifest = ready.prepared.run, ready.prepared.manifest
     settings = ready.resolved.settings
-    standing = settle(run, manifest, settings)
+    standing = settle(run, manifest, settings, by_hand=True)
     if not standing.remainder:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
     check_submittable(run, ready.resolved, min(ready.launch.array, len(standing.remainder)))
     last = newest_plan(run)
-    if last is not None:
-        if active_jobs(run, last.footer.round):
-            job = submit_round(run, last, ready.resolved)
-            return Step("running", standing, last.footer.round, job)
+    if last is not None and active_jobs(run, last.footer.round):
+        job = submit_round(run, last, ready.resolved)
+        return Step("running", standing, last.footer.round, job)
     round_ = plan_round(
         run,
         manifest,

@@ -29,9 +29,10 @@ class GroupCommitter:
         self._condition = threading.Condition()
         self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
         self._oldest: float | None = None
+        self._notes = Batch()
         self._release = 0
         self._added = self._done = 0
-        self._urgent = self._closing = False
+        self._urgent = self._noted = self._closing = False
         self._error: HpcResumeError | None = None
         self.committed_seq = ledger.last_sequence()
         self.committed_sources = 0
@@ -64,37 +65,28 @@ class GroupCommitter:
             if failures:
                 self._batch.failures.extend(failures)
             if unmark is not None:
-                self._unmark(unmark)
+                # With the results it led to: until they are on disk, it is in flight.
+                self._batch.unmark.append(unmark)
             if state is not None:
-                self._batch.state = state
-                # Written now if nothing else is: watchers see it although no result comes.
-                self._urgent = self._urgent or not self._batch.durable
-            if self._oldest is None and self._batch.durable:
+                self._notes.state, self._noted = state, True
+            if self._oldest is None and state is None:
                 self._oldest = time.monotonic()
             self._added += 1
             self._condition.notify_all()
 
-    def _unmark(self, chunk: int) -> None:
-        self._batch.mark.pop(chunk, None)
-        self._batch.unmark.append(chunk)
-
     def mark(self, chunk: int, sources: bytes) -> None:
-        """Record that a worker holds a chunk; written at once, not waited for."""
+        """Record that a worker holds a call, numbered anew each; at once, but not waited for."""
         with self._condition:
             self._accept()
-            if chunk in self._batch.unmark:
-                self._batch.unmark.remove(chunk)
-            self._batch.mark[chunk] = sources
+            self._notes.mark[chunk], self._noted = sources, True
             self._added += 1
-            self._urgent = True
             self._condition.notify_all()
 
     def release(self, last: int) -> None:
         """Delete the commits up to ``last`` soon; they are published."""
         with self._condition:
-            self._release = max(self._release, last)
+            self._release, self._noted = max(self._release, last), True
             self._added += 1
-            self._urgent = True
             self._condition.notify_all()
 
     def flush(self) -> int:
@@ -132,6 +124,7 @@ class GroupCommitter:
             raise self._error
 
     def _due(self) -> bool:
+        """Tell whether results are to be committed now."""
         if self._closing or self._urgent or self._batch_bytes >= self._max_bytes:
             return True
         return self._oldest is not None and self._wait_s() <= 0
@@ -141,33 +134,40 @@ class GroupCommitter:
         return self._oldest + self._max_delay_s - time.monotonic()
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                while not self._due():
-                    self._condition.wait(None if self._oldest is None else self._wait_s())
-                batch, sources, added = self._batch, self._batch_sources, self._added
-                release, self._release = self._release, 0
-                closing = self._closing
+        try:
+            while not self._turn():
+                pass
+        except HpcResumeError as error:
+            self._fail(error)
+        except Exception as error:
+            # Whoever waits for this thread must learn that it is gone.
+            self._fail(InternalError(f"group commit failed: {describe(error)}"))
+
+    def _turn(self) -> bool:
+        """Write what has come together; return whether that was all and the end."""
+        with self._condition:
+            while not (self._noted or self._due()):
+                self._condition.wait(None if self._oldest is None else self._wait_s())
+            notes, self._notes, self._noted = self._notes, Batch(), False
+            release, self._release = self._release, 0
+            due, closing, added = self._due(), self._closing, self._added
+            batch, sources = (self._batch, self._batch_sources) if due else (Batch(), 0)
+            if due:
                 self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
                 self._oldest, self._urgent = None, False
                 self._condition.notify_all()
-            try:
-                if release:
-                    self._ledger.release(release)
-                sequence = self._ledger.commit(batch)
-            except HpcResumeError as error:
-                self._fail(error)
-                return
-            except Exception as error:
-                # Whoever waits for this thread must learn that it is gone.
-                self._fail(InternalError(f"group commit failed: {describe(error)}"))
-                return
+        if release:
+            self._ledger.release(release)
+        # Notes do not wait for results, nor for the disk: only a death of ours reads them.
+        if notes.mark or notes.state is not None:
+            self._ledger.commit(notes)
+        if due:
+            sequence = self._ledger.commit(batch)
             with self._condition:
                 self.committed_seq, self._done = sequence, added
                 self.committed_sources += sources
                 self._condition.notify_all()
-                if closing and self._added == added:
-                    return
+        return closing and self._added == added
 
     def _fail(self, error: HpcResumeError) -> None:
         with self._condition:

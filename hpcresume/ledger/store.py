@@ -193,7 +193,6 @@ class Ledger:
         """Close the environment."""
         self._env.close()
 
-
     def commit(self, batch: Batch) -> int:
         """Write a batch in one transaction; results are on disk when it returns.
 
@@ -287,7 +286,6 @@ class Ledger:
                 free=free,
             )
         self._env.set_mapsize(size * 2)
-
 
     def identity(self) -> LedgerIdentity:
         """Return whose ledger it is.

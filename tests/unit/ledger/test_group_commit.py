@@ -134,7 +134,7 @@ def test_release_deletes_what_is_published(ledger: Ledger) -> None:
 
 
 def test_a_chunk_that_came_back_is_not_in_flight(ledger: Ledger) -> None:
-    """Marked and unmarked, in one commit or in two, marked again or not."""
+    """Marked and unmarked, in one commit or in two."""
     committer = GroupCommitter(ledger)
     sources = InFlight(BitMap([1])).encode()
     committer.mark(1, sources)
@@ -143,16 +143,22 @@ def test_a_chunk_that_came_back_is_not_in_flight(ledger: Ledger) -> None:
     assert [] == ledger.in_flight()
     committer.mark(2, sources)
     committer.flush()
-    committer.mark(2, sources)
+    assert [InFlight(BitMap([1]))] == ledger.in_flight()
     committer.add(unmark=2)
     committer.flush()
     assert [] == ledger.in_flight()
-    committer.mark(3, sources)
-    committer.flush()
-    committer.add(unmark=3)
-    committer.mark(3, sources)
-    committer.flush()
-    assert [InFlight(BitMap([1]))] == ledger.in_flight()
+    committer.close()
+
+
+def test_a_mark_does_not_commit_results(ledger: Ledger) -> None:
+    """A mark is written at once and alone: it costs no sync of the results that wait."""
+    committer = GroupCommitter(ledger, max_delay_s=3600)
+    committer.add(frame=frame([1]), sources=1)
+    committer.mark(1, InFlight(BitMap([2])).encode())
+    wait_until(ledger.in_flight, "the mark")
+
+    assert [] == list(ledger.pending())
+    assert 1 == committer.flush()
     committer.close()
 
 
