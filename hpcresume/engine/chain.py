@@ -14,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
+import os
 import pickle
 import signal
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +32,8 @@ import cloudpickle
 
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.mark import Mark
-from hpcresume.errors import RowError, StageStartError, describe
-from hpcresume.ids import ItemPath, encode_path, item_id
+from hpcresume.errors import StageStartError, describe
+from hpcresume.ids import ROOT, ItemPath, encode_path, item_id
 from hpcresume.ledger.publishing import output_path
 from hpcresume.pipeline.context import Context, Worker, item_seed
 from hpcresume.pipeline.pipeline import Pipeline
@@ -42,7 +44,11 @@ from hpcresume.segment.frame import FrameBuilder
 from hpcresume.segment.segment import StageCount
 from hpcresume.sinks.rows import encode_row
 
+log = logging.getLogger(__name__)
+
 SLICE_ITEMS = 4096
+_DRAW_ITEMS = 256
+_SOURCES = "sources"
 _TRACEBACK_CHARS = 8000
 ResultT = TypeVar("ResultT")
 
@@ -63,7 +69,7 @@ class _Raised:
         self.error = error
 
 
-_SPECIAL = frozenset({type(None), Many, Failed, WorkerBroken, GeneratorType, _Raised})
+_SPECIAL = (type(None), Many, Failed, WorkerBroken, GeneratorType, _Raised)
 
 
 @dataclass(slots=True)
@@ -113,6 +119,41 @@ class ChainPlace:
     on_error: Callable[[BaseException], None] | None = None
 
 
+class _Running:
+    """The items of async stages in flight, told by the worker's mark.
+
+    A coroutine that blocks stops the event loop and every timeout in it; the driver sees
+    the earliest deadline pass, and the source where only one is in flight.
+    """
+
+    def __init__(self, mark: Mark | None) -> None:
+        self._mark = mark
+        self._items: dict[object, tuple[float, int | None, int]] = {}
+
+    @contextlib.contextmanager
+    def item(self, source: int | None, stage: int, timeout_s: float | None) -> Iterator[None]:
+        if self._mark is None:
+            yield
+            return
+        key = object()
+        limit = float("inf") if timeout_s is None else timeout_s
+        self._items[key] = (time.monotonic() + limit, source, stage)
+        self._tell(self._mark)
+        try:
+            yield
+        finally:
+            del self._items[key]
+            self._tell(self._mark)
+
+    def _tell(self, mark: Mark) -> None:
+        if not self._items:
+            mark.clear()
+            return
+        deadline, source, stage = min(self._items.values(), key=lambda item: item[0])
+        known = source if len(self._items) == 1 else None
+        mark.set_until(known, stage, None if deadline == float("inf") else deadline)
+
+
 class Chain:
     """The stages of one group, set up in one worker."""
 
@@ -128,19 +169,21 @@ class Chain:
             for stage in stages
             if stage.traits.is_async
         }
+        self.running = _Running(place.mark)
 
     def setup(self) -> None:
         """Set up every stage.
 
         Raises:
-            StageStartError: A stage's set-up raised.
+            StageStartError: A stage's set-up raised; what had started is torn down.
         """
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             try:
                 stage.setup(self.place.worker)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if self.place.on_error is not None:
                     self.place.on_error(error)
+                self._teardown(self.stages[:number])
                 raise StageStartError(
                     f"stage {stage.name!r} cannot start: {describe(error)}\n"
                     f"{user_traceback(error)}",
@@ -148,11 +191,19 @@ class Chain:
                 ) from error
 
     def teardown(self) -> None:
-        """Tear down every stage and end what the worker spawned; the first error is raised."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.place.worker.close)
-            for stage in self.stages:
-                stack.callback(stage.teardown)
+        """Tear down every stage, last first, and end what the worker spawned.
+
+        An error there is logged: what was computed is safe by then.
+        """
+        self._teardown(self.stages)
+
+    def _teardown(self, stages: Sequence[Stage]) -> None:
+        for stage in reversed(stages):
+            try:
+                stage.teardown()
+            except (Exception, SystemExit):
+                log.exception("stage %r: its teardown failed", stage.name)
+        self.place.worker.close()
 
     async def run(self, inputs: Inputs, *, marked: bool) -> ChunkResult:
         """Run the stages over a call's items.
@@ -170,12 +221,12 @@ class _Call:
     def __init__(self, chain: Chain, inputs: Inputs, *, marked: bool) -> None:
         self.chain, self.inputs, self.marked = chain, inputs, marked
         self.stages, self.place = chain.stages, chain.place
+        self._is_async = chain.stages[0].traits.is_async
+        self._room = max(_DRAW_ITEMS, *(stage.batch_size for stage in chain.stages))
         self.counts = [StageCount(stage.name) for stage in chain.stages]
         self.failures: dict[int, SlotFailure] = {}
         self.worked: set[str] = set()
-        self.failed_at: dict[str, bool] = {}
-        self.rows: list[list[tuple[ItemPath, bytes]]] = [[] for _ in range(len(inputs))]
-        self.emitted: dict[int, list[tuple[ItemPath, bytes]]] = {}
+        self.made: list[list[tuple[ItemPath, bytes]]] = [[] for _ in range(len(inputs))]
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
     async def run(self) -> ChunkResult:
@@ -187,7 +238,7 @@ class _Call:
         except WorkerBroken as error:
             return ChunkResult(broken=error.reason, seconds=time.perf_counter() - start)
         finally:
-            if self.place.mark is not None:
+            if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
         self._finish(result)
         result.seconds = time.perf_counter() - start
@@ -195,17 +246,46 @@ class _Call:
 
     def _slices(self) -> Iterator[_Items]:
         for start in range(0, len(self.inputs), SLICE_ITEMS):
-            slots = range(start, min(start + SLICE_ITEMS, len(self.inputs)))
-            items = _Items()
-            for slot in slots:
-                try:
-                    item = self._input(slot)
-                except Exception as error:
-                    # hr.indexed's function is the user's and runs here.
-                    self._fail(slot, "sources", self.inputs.path(slot), error)
-                    continue
-                items.add(item, slot, self.inputs.path(slot))
-            yield items
+            slots = list(range(start, min(start + SLICE_ITEMS, len(self.inputs))))
+            paths = self.inputs.paths
+            items = _Items(
+                self._read(slots), slots, [ROOT] * len(slots) if paths is None else paths[start:]
+            )
+            yield items if not self.failures else self._without_failed(items)
+
+    def _read(self, slots: list[int]) -> list[Any]:
+        """Return the items in some slots; those that cannot be had fail."""
+        if not self.marked or self._is_async:
+            with contextlib.suppress(Exception):
+                items = self._read_all(slots)
+                self.worked.add(_SOURCES)
+                return items
+        return [self._read_one(slot) for slot in slots]
+
+    def _read_all(self, slots: list[int]) -> list[Any]:
+        inputs = self.inputs
+        if inputs.items is None and inputs.records is None:
+            sources = self.chain.pipeline.sources
+            assert isinstance(sources, Indexed)
+            return list(map(sources.payload, inputs.sources[slots[0] : slots[-1] + 1]))
+        return list(map(self._input, slots))
+
+    def _read_one(self, slot: int) -> Any:
+        mark = None if self._is_async else self.place.mark
+        if mark is not None:
+            mark.set(self.inputs.sources[slot], self.chain.first, None)
+        try:
+            item = self._input(slot)
+        except (Exception, SystemExit) as error:
+            # The user's code runs here: a function given to hr.indexed, or an unpickling.
+            stage = _SOURCES if self.inputs.items is None else self.stages[0].name
+            self._fail(slot, stage, self.inputs.path(slot), error)
+            return None
+        finally:
+            if mark is not None:
+                mark.clear()
+        self.worked.add(_SOURCES)
+        return item
 
     def _input(self, slot: int) -> Any:
         inputs = self.inputs
@@ -227,15 +307,41 @@ class _Call:
             self._emit(items)
             return
         self.counts[number].items_in += len(items)
+        stage = self.stages[number]
+        if not (stage.traits.is_batch or self._is_async or self._is_guarded(stage)):
+            answers = self._map(number, stage.process, items.items)
+            if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, answers))):
+                self.counts[number].items_out += len(answers)
+                self._succeeded(number)
+                await self._push(number + 1, _Items(answers, items.slots, items.paths))
+                return
+            source = _with_positions(answers)
+        else:
+            source = self._answers(number, items)
         out = _Items()
-        async for position, answer in self._answers(number, items):
-            if position is None:
-                out = answer
-                break
-            await self._take(number, items, position, answer, out)
-            if len(out) >= SLICE_ITEMS:
-                await self._push(number + 1, out.take())
+        async with contextlib.aclosing(source):
+            async for position, answer in source:
+                await self._take(number, items, position, answer, out)
+                if len(out) >= self._room:
+                    await self._push(number + 1, out.take())
         await self._push(number + 1, out)
+
+    def _is_guarded(self, stage: Stage) -> bool:
+        return bool(stage.traits.wants_context or stage.timeout_s or self.marked)
+
+    def _answers(self, number: int, items: _Items) -> AsyncGenerator[tuple[int, Any], None]:
+        """Yield position and answer for the items that a stage was given, in order."""
+        stage = self.stages[number]
+        if stage.traits.is_batch:
+            return self._batches(number, items)
+        if self._is_async:
+            return self._concurrent(number, items)
+        return self._one_by_one(number, items)
+
+    def _succeeded(self, number: int) -> None:
+        """Note that a stage worked; the last one has only when its row is encoded."""
+        if not (self.chain.is_last and number == len(self.stages) - 1):
+            self.worked.add(self.stages[number].name)
 
     def _without_failed(self, items: _Items) -> _Items:
         kept = _Items()
@@ -244,61 +350,34 @@ class _Call:
                 kept.add(item, slot, path)
         return kept
 
-    async def _answers(self, number: int, items: _Items) -> AsyncIterator[tuple[int | None, Any]]:
-        """Yield ``(position, answer)`` for the items that a stage was given, in order.
-
-        Where every answer is a plain value, ``(None, all of them)`` is yielded instead, and
-        nothing is looked at one by one.
-        """
-        stage = self.stages[number]
-        if stage.traits.is_batch:
-            source = self._batches(number, items)
-        elif stage.traits.is_async:
-            source = self._concurrent(number, items)
-        elif stage.traits.wants_context or stage.timeout_s or self.marked:
-            source = self._one_by_one(number, items)
-        else:
-            answers = self._map(number, stage.process, items.items)
-            if _SPECIAL.isdisjoint(map(type, answers)):
-                self.counts[number].items_out += len(answers)
-                self.worked.add(stage.name)
-                yield None, _Items(answers, items.slots, items.paths)
-                return
-            for position, answer in enumerate(answers):
-                yield position, answer
-            return
-        async for position, answer in source:
-            yield position, answer
-
     async def _take(
         self, number: int, items: _Items, position: int, answer: Any, out: _Items
     ) -> None:
         slot, path = items.slots[position], items.paths[position]
         stage, count = self.stages[number], self.counts[number]
-        kind = type(answer)
-        if kind is WorkerBroken:
+        if isinstance(answer, WorkerBroken):
             raise answer
-        if kind is _Raised or kind is Failed:
-            count.failed += 1
-            self._fail(slot, stage.name, path, answer.error if kind is _Raised else answer)
-            return
-        if slot not in self.failures:
-            self.worked.add(stage.name)
-        if kind is Many:
+        if isinstance(answer, (_Raised, Failed)):
+            self._fail_at(number, slot, path, answer)
+        elif isinstance(answer, Many):
             await self._fan_out(number, slot, path, iter(answer.items), out)
-        elif kind is GeneratorType:
+        elif isinstance(answer, GeneratorType):
             await self._fan_out(number, slot, path, answer, out)
         elif answer is None:
             count.dropped += 1
+            self.worked.add(stage.name)
         else:
             count.items_out += 1
+            self._succeeded(number)
             out.add(answer, slot, path)
 
     async def _fan_out(
         self, number: int, slot: int, path: ItemPath, values: Iterator[Any], out: _Items
     ) -> None:
+        """Draw a fan-out's items a few at a time, and pass them on before the next."""
         stage, count = self.stages[number], self.counts[number]
-        parent, n, left = self._full(path, number), 0, stage.timeout_s
+        parent, n, made, left = self._full(path, number), 0, 0, stage.timeout_s
+        error: Any = None
         while slot not in self.failures:
             children: list[Any] = []
             start = time.perf_counter()
@@ -306,21 +385,29 @@ class _Call:
             if left is not None:
                 left = max(1e-3, left - (time.perf_counter() - start))
             for child in children:
-                if type(child) is Failed:
+                if isinstance(child, WorkerBroken):
+                    raise child
+                if isinstance(child, Failed):
                     error = child
                     break
                 if child is not None:
-                    count.items_out += 1
+                    made += 1
                     out.add(child, slot, ItemPath((*parent, n)))
                 n += 1
-            if error is not None:
-                count.failed += 1
-                error = error.error if type(error) is _Raised else error
-                self._fail(slot, stage.name, path, error)
-            if len(children) < SLICE_ITEMS:
+            if error is not None or len(children) < _DRAW_ITEMS:
                 break
             await self._push(number + 1, out.take())
-        count.dropped += not n
+        count.items_out += made
+        if error is not None:
+            self._fail_at(number, slot, path, error)
+        elif not made:
+            count.dropped += 1
+            self.worked.add(stage.name)
+        else:
+            self._succeeded(number)
+        if isinstance(values, GeneratorType):
+            # Its own clean-up is the user's code too.
+            self._guarded(number, slot, values.close, timeout_s=left)
 
     def _full(self, path: ItemPath, number: int) -> ItemPath:
         """Return a path with the zeros of the one-to-one stages before stage ``number``."""
@@ -340,6 +427,8 @@ class _Call:
         ``slot`` is None where the call serves several of them.
         """
         mark = self.place.mark if self.marked or timeout_s is not None else None
+        if self._is_async:
+            mark = None
         if mark is not None:
             source = None if slot is None else self.inputs.sources[slot]
             mark.set(source, self.chain.first + number, timeout_s)
@@ -351,15 +440,23 @@ class _Call:
                 return call()
         except WorkerBroken:
             raise
-        except (Exception, SystemExit, StageTimeoutError) as error:
-            self.place.worker.check()
-            return _Raised(error)
+        except BaseException as error:
+            return self._caught(error)
         finally:
             self.counts[number].seconds += time.perf_counter() - start
             if mark is not None:
                 mark.clear()
 
-    async def _one_by_one(self, number: int, items: _Items) -> AsyncIterator[tuple[int, Any]]:
+    def _caught(self, error: BaseException) -> _Raised:
+        """Return a stage's exception as its answer, unless its worker's servers have died."""
+        if isinstance(error, KeyboardInterrupt) and self.place.mark is None:
+            raise error  # somebody sits in front of this process
+        self.place.worker.check()
+        return _Raised(error)
+
+    async def _one_by_one(
+        self, number: int, items: _Items
+    ) -> AsyncGenerator[tuple[int, Any], None]:
         stage = self.stages[number]
         for position, (item, slot) in enumerate(zip(items.items, items.slots, strict=True)):
             if slot in self.failures:
@@ -379,13 +476,14 @@ class _Call:
                 answers.extend(map(function, remaining))
             except WorkerBroken:
                 raise
-            except (Exception, SystemExit) as error:
-                self.place.worker.check()
-                answers.append(_Raised(error))
+            except BaseException as error:
+                answers.append(self._caught(error))
         self.counts[number].seconds += time.perf_counter() - start
         return answers
 
-    async def _concurrent(self, number: int, items: _Items) -> AsyncIterator[tuple[int, Any]]:
+    async def _concurrent(
+        self, number: int, items: _Items
+    ) -> AsyncGenerator[tuple[int, Any], None]:
         tasks = [
             asyncio.ensure_future(self._one_async(number, items, position))
             for position in range(len(items))
@@ -396,6 +494,7 @@ class _Call:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one_async(self, number: int, items: _Items, position: int) -> Any:
         stage = self.stages[number]
@@ -410,14 +509,21 @@ class _Call:
                         return Many([child async for child in stage.process(*arguments)])
                     return await stage.process(*arguments)
 
-                return await self._guarded_async(number, call)
+                return await self._guarded_async(number, slot, call)
 
-    async def _guarded_async(self, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
+    async def _guarded_async(
+        self, number: int, slot: int | None, call: Callable[[], Awaitable[Any]]
+    ) -> Any:
         stage = self.stages[number]
+        source = None if slot is None else self.inputs.sources[slot]
+        watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.marked or stage.timeout_s:
+            watched = self.chain.running.item(source, self.chain.first + number, stage.timeout_s)
         start = time.perf_counter()
         try:
-            async with asyncio.timeout(stage.timeout_s) as limit:
-                return await call()
+            with watched:
+                async with asyncio.timeout(stage.timeout_s) as limit:
+                    return await call()
         except WorkerBroken:
             raise
         except asyncio.CancelledError as error:
@@ -427,13 +533,12 @@ class _Call:
             return _Raised(error)  # the stage cancelled something of its own
         except TimeoutError as error:
             return _Raised(StageTimeoutError() if limit.expired() else error)
-        except (Exception, SystemExit) as error:
-            self.place.worker.check()
-            return _Raised(error)
+        except BaseException as error:
+            return self._caught(error)
         finally:
             self.counts[number].seconds += time.perf_counter() - start
 
-    async def _batches(self, number: int, items: _Items) -> AsyncIterator[tuple[int, Any]]:
+    async def _batches(self, number: int, items: _Items) -> AsyncGenerator[tuple[int, Any], None]:
         size = self.stages[number].batch_size
         for start in range(0, len(items), size):
             positions = range(start, min(start + size, len(items)))
@@ -445,21 +550,19 @@ class _Call:
         """Process one batch; where it raises as a whole, each item alone, to find the guilty."""
         stage = self.stages[number]
         answer = await self._call_batch(number, items, positions)
-        if type(answer) is _Raised:
+        if isinstance(answer, WorkerBroken):
+            raise answer
+        if isinstance(answer, (_Raised, Failed)):
             if len(positions) == 1:
                 return [answer]
             found = []
             for position in positions:
                 found += await self._batch(number, items, range(position, position + 1))
             return found
-        if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
-            answer = list(answer) if hasattr(answer, "__iter__") else [answer]
-        if len(answer) != len(positions):
-            wrong = Failed(
-                f"stage {stage.name!r} answered a batch of {len(positions)} items with "
-                f"{len(answer)} slots; slot i must answer item i"
-            )
-            return [wrong] * len(positions)
+        wrong = _wrong_batch(answer, len(positions))
+        if wrong:
+            failed = Failed(f"stage {stage.name!r} answered a batch with {wrong}")
+            return [failed] * len(positions)
         return list(answer)
 
     async def _call_batch(self, number: int, items: _Items, positions: range) -> Any:
@@ -475,18 +578,13 @@ class _Call:
                     for position in positions
                 ]
                 arguments = (batch, contexts)
+            slots = {items.slots[position] for position in positions}
+            slot = slots.pop() if len(slots) == 1 else None
+            call = partial(stage.process_batch, *arguments)
             if stage.traits.is_async:
                 async with self.chain._limits[id(stage)]:
-                    return await self._guarded_async(
-                        number, lambda: stage.process_batch(*arguments)
-                    )
-            slots = {items.slots[position] for position in positions}
-            return self._guarded(
-                number,
-                slots.pop() if len(slots) == 1 else None,
-                partial(stage.process_batch, *arguments),
-                timeout_s=stage.timeout_s,
-            )
+                    return await self._guarded_async(number, slot, call)
+            return self._guarded(number, slot, call, timeout_s=stage.timeout_s)
 
     @contextlib.contextmanager
     def _context(self, number: int, slot: int, path: ItemPath) -> Iterator[Context | None]:
@@ -514,41 +612,55 @@ class _Call:
                 self.files.setdefault(slot, []).extend((path, name) for name in context.outputs)
             context.close()
 
+    def _fail_at(self, number: int, slot: int, path: ItemPath, error: _Raised | Failed) -> None:
+        """Record that a stage failed for an item."""
+        self.counts[number].failed += 1
+        cause = error.error if isinstance(error, _Raised) else error
+        self._fail(slot, self.stages[number].name, self._full(path, number), cause)
+
     def _fail(self, slot: int, stage: str, path: ItemPath, error: BaseException | Failed) -> None:
         if slot in self.failures:
             return
         if self.place.on_error is not None and not isinstance(error, Failed):
             self.place.on_error(error)
         item = item_id(self.inputs.source_id(slot), self.chain.names, path)
-        failure = SlotFailure(
-            slot, stage, item, *_reason(error, stage, self._timeout_of(stage)),
+        self.failures[slot] = SlotFailure(
+            slot,
+            stage,
+            item,
+            *_reason(error, stage, self._timeout_of(stage)),
             after_success=stage in self.worked,
-        )  # fmt: skip
+        )
         self.worked.discard(stage)
-        self.failures[slot] = failure
 
     def _timeout_of(self, stage: str) -> float | None:
         return next((s.timeout_s for s in self.stages if s.name == stage), None)
 
     def _emit(self, items: _Items) -> None:
-        end = len(self.stages)
-        paths = {path: self._full(path, end) for path in set(items.paths)}
-        if not self.chain.is_last:
-            for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
-                try:
-                    self.emitted.setdefault(slot, []).append((paths[path], _pickled(item)))
-                except Exception as error:
-                    self._fail(slot, self.stages[-1].name, path, error)
+        """Keep what the last stage of the group made, as rows or for the next group."""
+        name, failed = self.stages[-1].name, False
+        if self.chain.is_last and self.chain.pipeline.sink is None:
+            self.worked.add(name)
             return
-        if self.chain.pipeline.sink is None:
-            return
+        paths = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
+        encode = encode_row if self.chain.is_last else _pickled
         for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
             try:
-                self.rows[slot].append((paths[path], encode_row(item)))
-            except RowError as error:
-                self._fail(slot, self.stages[-1].name, path, error)
+                row = encode(item)
+            except Exception as error:
+                self._fail(slot, name, paths[path], error)
+                self.counts[-1].failed += 1
+                failed = True
+            else:
+                self.made[slot].append((paths[path], row))
+                if failed:
+                    self.worked.add(name)
+                    failed = False
+        if not failed:
+            self.worked.add(name)
 
     def _finish(self, result: ChunkResult) -> None:
+        self._check_files()
         result.failures = [self.failures[slot] for slot in sorted(self.failures)]
         result.worked = sorted(self.worked)
         good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
@@ -556,16 +668,30 @@ class _Call:
         if self.chain.is_first and self.chain.is_last:
             self._build_frame(result, good)
         elif self.chain.is_last:
-            result.rows = {slot: self.rows[slot] for slot in good}
+            result.rows = {slot: self.made[slot] for slot in good}
         else:
-            result.emitted = {slot: self.emitted.get(slot, []) for slot in good}
+            result.emitted = {slot: self.made[slot] for slot in good}
+
+    def _check_files(self) -> None:
+        """Fail the sources whose files were asked for and not written."""
+        for slot, files in self.files.items():
+            for path, name in files:
+                source_id = self.inputs.source_id(slot)
+                written = output_path(str(self.place.outputs), source_id, encode_path(path), name)
+                if not os.path.isfile(written):
+                    missing = Failed(
+                        f"ctx.output({name!r}) was asked for and no file was written there. "
+                        "A source counts as done only with its files."
+                    )
+                    stage = self.stages[max(0, len(path) - self.chain.first)].name
+                    self._fail(slot, stage, path, missing)
 
     def _build_frame(self, result: ChunkResult, good: list[int]) -> None:
         if not good:
             return
         frame = FrameBuilder()
         for slot in good:
-            frame.add(self.inputs.sources[slot], self.rows[slot])
+            frame.add(self.inputs.sources[slot], self.made[slot])
             if slot in self.files:
                 frame.add_files(self.inputs.source_id(slot), self.files[slot])
         result.frame, result.completed = frame.build(), len(good)
@@ -576,12 +702,37 @@ def _pickled(item: Any) -> bytes:
     try:
         return pickle.dumps(item, protocol=5)
     except (pickle.PicklingError, AttributeError, TypeError):
+        return _pickled_by_value(item)
+
+
+def _pickled_by_value(item: Any) -> bytes:
+    try:
         return bytes(cloudpickle.dumps(item, protocol=5))
+    except Exception as error:
+        raise TypeError(
+            f"an item of type {type(item).__qualname__} cannot go to the next stage, "
+            f"which runs in another process: {describe(error)}"
+        ) from error
+
+
+async def _with_positions(answers: list[Any]) -> AsyncGenerator[tuple[int, Any], None]:
+    for position, answer in enumerate(answers):
+        yield position, answer
+
+
+def _wrong_batch(answer: Any, count: int) -> str:
+    """Return what is wrong with the answer to a batch; nothing is guessed."""
+    is_text = isinstance(answer, (str, bytes, bytearray))
+    if is_text or not (isinstance(answer, Sequence) or hasattr(answer, "tolist")):
+        return f"a {type(answer).__name__}, not a sequence whose slot i answers item i"
+    if len(answer) != count:
+        return f"{len(answer)} slots for {count} items; slot i must answer item i"
+    return ""
 
 
 def _draw(into: list[Any], values: Iterator[Any]) -> None:
     # What came before an exception stays in the list.
-    into.extend(itertools.islice(values, SLICE_ITEMS))
+    into.extend(itertools.islice(values, _DRAW_ITEMS))
 
 
 def _reason(
@@ -603,17 +754,19 @@ def _reason(
 
 def user_traceback(error: BaseException) -> str:
     """Return an exception's traceback without the engine's own frames, at most 8,000 characters."""
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None and _is_engine(tb.tb_frame):
-        tb = tb.tb_next
-    lines = traceback.format_exception(type(error), error, tb)
-    text = "".join(lines)
+    shown = traceback.TracebackException(type(error), error, error.__traceback__)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    users = [n for n, (frame, _) in enumerate(frames) if not _is_engine(frame)]
+    if users:
+        shown.stack[:] = shown.stack[users[0] : users[-1] + 1]
+    text = "".join(shown.format())
     return text if len(text) <= _TRACEBACK_CHARS else "...\n" + text[-_TRACEBACK_CHARS:]
 
 
 def _is_engine(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__", "")
-    return bool(name.startswith("hpcresume.engine") or name in {"contextlib", "asyncio.tasks"})
+    engine = name.startswith("hpcresume.engine")
+    return engine or name in {"contextlib", "asyncio.tasks", "asyncio.timeouts"}
 
 
 @contextlib.contextmanager

@@ -353,14 +353,20 @@ class Executor:
         is_first = state.group.number == 0
         if is_first and not self._may_admit():
             return None
-        for position, chunk in enumerate(state.queue):
-            if (chunk.isolated and worker.calls) or (chunk.exclusive and self._calls):
-                continue
-            found = self._gather(state, position) if chunk.is_plain else state.unqueue(position)
+        while (found := self._next_waiting(state, worker)) is not None:
             if self._assembly is not None and not is_first:
                 found.inputs = self._assembly.living(found.inputs)
-            return found if len(found) else self._next_chunk(state, worker)
+            if len(found):
+                return found
         return self._admit(state, worker) if is_first else None
+
+    def _next_waiting(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+        for position, chunk in enumerate(state.queue):
+            if chunk.is_plain:
+                return self._gather(state, position)
+            if not (chunk.isolated and worker.calls) and not (chunk.exclusive and self._calls):
+                return state.unqueue(position)
+        return None
 
     def _gather(self, state: _GroupState, position: int) -> _Chunk:
         """Make a call of plain chunks that wait one after another."""
@@ -422,7 +428,9 @@ class Executor:
         # Small calls at the end keep all workers busy until it.
         spread = -(-left // (4 * len(state.workers)))
         size = int(limits.chunk_target_s / per_item) if per_item else 1
-        return max(1, min(size, spread, limits.chunk_max), min(state.group.batch_size, 4096))
+        return max(
+            1, min(size, spread, limits.chunk_max), min(state.group.batch_size, limits.chunk_max)
+        )
 
     def _submit(self, worker: _Worker, chunk: _Chunk) -> None:
         call = next(self._numbers)

@@ -9,7 +9,6 @@ users of the node out of it.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import threading

@@ -11,8 +11,24 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from dataclasses import dataclass
 
 _FIELDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a mark said at one moment.
+
+    Attributes:
+        source: Index of the source being worked on, None where it is not known.
+        stage: Number of the stage being run, within its pipeline.
+        overdue_s: Seconds since its deadline; negative before it, or without one.
+    """
+
+    source: int | None
+    stage: int
+    overdue_s: float
 
 
 class Mark:
@@ -32,22 +48,20 @@ class Mark:
         self.fields[0] = self.fields[1] = self.fields[2] = 0
 
     def set(self, source: int | None, stage: int, timeout_s: float | None) -> None:
-        """Say what is being worked on."""
-        deadline = 0 if timeout_s is None else int((time.monotonic() + timeout_s) * 1e6)
+        """Say what is being worked on, and how long it may take."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.set_until(source, stage, deadline)
+
+    def set_until(self, source: int | None, stage: int, deadline: float | None) -> None:
+        """Say what is being worked on, and until when on the monotonic clock."""
         self.fields[0] = 0 if source is None else source + 1
-        self.fields[1], self.fields[2] = stage, deadline
+        self.fields[1], self.fields[2] = stage, 0 if deadline is None else int(deadline * 1e6)
 
-    @property
-    def source(self) -> int | None:
-        """Index of the source being worked on, None where it is not known."""
-        return int(self.fields[0]) - 1 if self.fields[0] else None
-
-    @property
-    def stage(self) -> int:
-        """Number of the stage being run, within its pipeline."""
-        return int(self.fields[1])
-
-    def overdue_s(self) -> float:
-        """Return by how many seconds the deadline has passed; negative before it."""
-        deadline = self.fields[2]
-        return time.monotonic() - deadline / 1e6 if deadline else float("-inf")
+    def look(self) -> Sight:
+        """Return what the worker is on, all of it from one moment."""
+        while True:
+            source, stage, deadline = self.fields
+            if (source, stage, deadline) == tuple(self.fields):
+                break
+        overdue_s = time.monotonic() - deadline / 1e6 if deadline else float("-inf")
+        return Sight(source - 1 if source else None, stage, overdue_s)

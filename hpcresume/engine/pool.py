@@ -92,7 +92,7 @@ class Pool(Protocol):
         """Hand a worker a call; calls of one worker run in this order."""
 
     def retire(self, worker: WorkerRef) -> None:
-        """End a worker that has no outstanding calls."""
+        """End a worker; calls it still holds are not answered."""
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Return what has happened, waiting up to ``timeout_s`` for the first event."""
@@ -141,12 +141,23 @@ class InlinePool:
         )
         chain = Chain(self._pipeline, first=group.first, stages=group.stages, place=place)
         try:
-            chain.setup()
+            self._set_up(chain, group)
         except HpcResumeError as error:
             self._events.append(StartFailed(worker, str(error)))
             return
         self._chains[worker] = chain
         self._events.append(Started(worker))
+
+    def _set_up(self, chain: Chain, group: Group) -> None:
+        if not group.is_async:
+            chain.setup()
+            return
+
+        async def on_the_loop() -> None:
+            # A client that a stage makes may want the loop it is going to be used on.
+            chain.setup()
+
+        self._loop.run(on_the_loop())
 
     def submit(self, worker: WorkerRef, call: int, inputs: Inputs, *, marked: bool) -> None:
         """Queue a call; it runs in :meth:`wait`."""
@@ -155,13 +166,16 @@ class InlinePool:
 
     def retire(self, worker: WorkerRef) -> None:
         """Tear down a worker's stages."""
+        self._queue = [entry for entry in self._queue if entry[0] != worker]
         chain = self._chains.pop(worker, None)
         if chain is not None:
             chain.teardown()
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Return what has happened, running one queued call if nothing has."""
-        del timeout_s
+        if not self._events and not self._queue:
+            # Nothing can happen by itself here; whoever waits may be told something else.
+            time.sleep(timeout_s)
         if not self._events and self._queue:
             worker, call, inputs = self._queue.pop(0)
             chain = self._chains[worker]

@@ -14,7 +14,7 @@ import ray.exceptions
 
 from hpcresume.engine.calls import Inputs
 from hpcresume.engine.groups import Group
-from hpcresume.engine.mark import Mark
+from hpcresume.engine.mark import Mark, Sight
 from hpcresume.engine.pool import (
     Died,
     EngineDiedError,
@@ -65,6 +65,7 @@ class RayPool:
         check: Callable[[], None],
     ) -> None:
         self._groups, self._make_setup, self._marks, self._check = groups, make_setup, marks, check
+        self._lack = self._lacking()
         self._actors: dict[WorkerRef, _Actor] = {}
         self._refs: dict[Any, WorkerRef] = {}
         self._events: list[Event] = []
@@ -72,6 +73,10 @@ class RayPool:
     def start(self, worker: WorkerRef) -> None:
         """Begin to start an actor."""
         group = self._groups[worker.group]
+        if self._lack and group.gpus:
+            # Ray would wait for them until the set-up's time is over.
+            self._events.append(StartFailed(worker, self._lack))
+            return
         path = os.path.join(self._marks, f"{worker.group}-{worker.index}-{worker.start}")
         mark = Mark(path)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": group.gpus, "max_restarts": 0}
@@ -95,9 +100,18 @@ class RayPool:
         """Tear an actor's stages down in the background, then end it."""
         actor = self._forget(worker)
         if actor is not None:
+            # A broken worker answers the calls it still holds without running them.
             actor.handle.stop.remote()
             # Runs after stop(), since calls of one actor keep their order.
             actor.handle.__ray_terminate__.remote()
+
+    def _lacking(self) -> str:
+        """Return what the workers ask for and this task has not, empty where it has."""
+        asked = sum(group.gpus * group.workers for group in self._groups)
+        given = ray.cluster_resources().get("GPU", 0.0)
+        if asked <= given:
+            return ""
+        return f"its stages ask for {asked:g} GPUs and this task was given {given:g}"
 
     def _forget(self, worker: WorkerRef) -> _Actor | None:
         actor = self._actors.pop(worker, None)
@@ -117,6 +131,8 @@ class RayPool:
             for ref in ready:
                 if ref in self._refs:
                     self._collect(ref)
+        elif not self._events:
+            time.sleep(timeout_s)
         events, self._events = self._events, []
         return events
 
@@ -146,15 +162,18 @@ class RayPool:
             ray.kill(actor.handle)
             self._events.append(StartFailed(worker, value))
 
-    def _bury(self, worker: WorkerRef, *, reason: str, overdue: bool = False) -> None:
+    def _bury(self, worker: WorkerRef, *, reason: str, overdue: Sight | None = None) -> None:
         actor = self._forget(worker)
         assert actor is not None
+        # It may be cut off rather than dead.
+        ray.kill(actor.handle)
         if not actor.started:
             self._events.append(StartFailed(worker, f"its process died during set-up: {reason}"))
             return
         self._salvage(actor)
+        seen = overdue or actor.mark.look()
         self._events.append(
-            Died(worker, reason, actor.mark.source, actor.mark.stage, overdue=overdue)
+            Died(worker, reason, seen.source, seen.stage, overdue=overdue is not None)
         )
 
     def _salvage(self, actor: _Actor) -> None:
@@ -186,13 +205,14 @@ class RayPool:
                     limit = self._groups[worker.group].setup_timeout_s
                     reason = f"its set-up took longer than setup_timeout_s={limit:g}"
                     self._events.append(StartFailed(worker, reason))
-            elif actor.mark.overdue_s() > _OVERDUE_GRACE_S:
+                continue
+            seen = actor.mark.look()
+            if seen.overdue_s > _OVERDUE_GRACE_S:
                 reason = (
-                    f"it did not return {_OVERDUE_GRACE_S:g} s after its timeout_s, even to be "
-                    "interrupted; the worker was killed"
+                    f"it ran past its timeout_s and did not let itself be interrupted for "
+                    f"{_OVERDUE_GRACE_S:g} s more; the worker was killed"
                 )
-                ray.kill(actor.handle)
-                self._bury(worker, reason=reason, overdue=True)
+                self._bury(worker, reason=reason, overdue=seen)
 
     def close(self, timeout_s: float) -> None:
         """Tear all stages down and end the actors, in order where they answer in time."""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,14 @@ class StageWorker:
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._chain: Chain | None = None
+        self._broken: str | None = None
 
     def start(self) -> str | None:
         """Load the pipeline and set its stages up; return why that fails, if it does."""
-        # Under some process trackers the user's signals for the job reach every process.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # Under some process trackers the user's signals for the job reach every process.  An
+        # event loop runs beside the main thread; there the driver's choice is inherited.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(self._setup.cpus)))
         faulthandler.enable(open(self._setup.mark + ".fault", "w"), all_threads=False)  # noqa: SIM115  # lives as long as the process
         logging.basicConfig(stream=sys.stderr, level=logging.INFO)
@@ -95,9 +99,13 @@ class StageWorker:
         return None if deadline is None else deadline - time.monotonic()
 
     def run(self, inputs: Inputs, marked: bool) -> ChunkResult:  # noqa: FBT001  # a Ray call
-        """Run a call."""
+        """Run a call; once broken, a worker runs nothing more, whatever is queued."""
         assert self._chain is not None
-        return run_now(self._chain.run(inputs, marked=marked))
+        if self._broken is not None:
+            return ChunkResult(broken=self._broken)
+        result = run_now(self._chain.run(inputs, marked=marked))
+        self._broken = result.broken
+        return result
 
     def stop(self) -> None:
         """Tear the stages down."""
@@ -109,6 +117,10 @@ class AsyncStageWorker(StageWorker):
     """Runs calls side by side on an event loop."""
 
     async def run(self, inputs: Inputs, marked: bool) -> Any:  # type: ignore[override]  # noqa: FBT001
-        """Run a call."""
+        """Run a call; once broken, a worker runs nothing more, whatever is queued."""
         assert self._chain is not None
-        return await self._chain.run(inputs, marked=marked)
+        if self._broken is not None:
+            return ChunkResult(broken=self._broken)
+        result = await self._chain.run(inputs, marked=marked)
+        self._broken = result.broken or self._broken
+        return result

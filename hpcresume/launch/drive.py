@@ -28,6 +28,7 @@ from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import JobRecord, RunDir
 from hpcresume.run.manifest import Manifest
+from hpcresume.task.scratch import choose_local
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class LocalRun:
 
         Raises:
             RunDirError: Another process of this machine works on the run.
+            LocalStorageError: No node-local directory here can be used; nothing was started.
         """
         living = living_attempts(self.run)
         if living:
@@ -161,7 +163,6 @@ class LocalRun:
         by_hand = True
         while True:
             standing = settle(self.run, self.manifest, settings, by_hand=by_hand)
-            by_hand = False
             if not standing.remainder:
                 finish_run(self.run, standing, self.pipeline)
                 return Step("finished", standing)
@@ -169,6 +170,10 @@ class LocalRun:
                 return Step("cancelled", standing)
             if standing.stopped:
                 return Step("stopped", standing)
+            if by_hand:
+                # Every task would find the same on this one machine.
+                choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
+            by_hand = False
             if self._execute_round(standing):
                 return Step("interrupted", settle(self.run, self.manifest, settings))
 

@@ -100,7 +100,8 @@ class Outcome(msgspec.Struct, frozen=True):
             published), ``broken`` (cannot run here: see reason), ``superseded``.
         reason: Why it ended, for people.
         kind: Machine-readable reason: ``finished``, ``terminated``, ``time-limit``,
-            ``driver-died``, ``stage-broken``, ``stage-start``, ``storage``, ``stopped``.
+            ``driver-died``, ``stage-broken``, ``stage-start``, ``ray-start``, ``storage``,
+            ``stopped``.
         stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.

@@ -6,14 +6,17 @@ at any moment without losing what it committed: the supervisor has the ledger pu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 from pyroaring import BitMap
 
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
@@ -21,7 +24,7 @@ from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
-from hpcresume.errors import HpcResumeError, LocalStorageError, StageStartError
+from hpcresume.errors import HpcResumeError, LocalStorageError, StageStartError, describe
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 _REPORT_S = 0.2
 _STATE_S = 1.0
 _CLOSE_S = 5.0
+_START_SLOT_S = 15.0
 
 
 class LedgerListener:
@@ -113,7 +117,11 @@ class Driver:
         groups = make_groups(pipeline.stages, cpus=spec.cpus, workers=spec.workers)
         sources = bitmaps.load(self._work.sources, what="the shard")
         self._total = len(sources)
-        pool = self._make_pool(pipeline, groups, run)
+        try:
+            pool = self._make_pool(pipeline, groups, run)
+        except Exception as error:  # Ray raises whatever its start-up meets
+            log.exception("the Ray head cannot start")
+            return Ended("ray-start", f"the Ray head cannot start: {describe(error)}", 0)
         self._executor = self._make_executor(pipeline, groups, pool, run, sources)
         try:
             self._executor.start()
@@ -170,7 +178,8 @@ class Driver:
         from hpcresume.engine.head import HeadResources, RayHead
         from hpcresume.engine.ray_pool import RayPool
 
-        head = RayHead(spec.ray_temp, HeadResources(spec.cpus, spec.gpus, spec.memory_bytes))
+        with _start_slot(spec):
+            head = RayHead(spec.ray_temp, HeadResources(spec.cpus, spec.gpus, spec.memory_bytes))
         failpoint("driver.after_ray_init")
 
         def make_setup(group: Group, index: int, mark: str) -> WorkerSetup:
@@ -256,6 +265,24 @@ class Driver:
             left=self._left(),
         )
         self._committer.add(state=LedgerState(executor.counts(), progress))
+
+
+@contextlib.contextmanager
+def _start_slot(spec: AttemptSpec) -> Iterator[None]:
+    """Let two heads of this user start on this node at a time, but none wait for long.
+
+    Several at once only slow each other down; nothing relies on the lock.
+    """
+    shared = os.path.dirname(os.path.dirname(spec.local))
+    lock = FileLock(os.path.join(shared, f"ray-start-{spec.task % 2}.lock"))
+    try:
+        lock.acquire(timeout=_START_SLOT_S)
+    except (Timeout, OSError):
+        log.info("other Ray heads are starting on this node; not waiting longer")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def main(argv: list[str]) -> None:

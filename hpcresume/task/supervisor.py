@@ -18,6 +18,7 @@ import secrets
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ from hpcresume.task.messages import (
     DRIVER_REPORTS,
     PUBLISHER_REPORTS,
     AttemptSpec,
+    DriverOrder,
     DriverReport,
     Ended,
     Hold,
@@ -147,7 +149,6 @@ class _State:
     stop_kind: str | None = None
     stop_reason: str = ""
     stop_deadline: float = float("inf")
-    superseded: int = 0
     publishing: _Publishing = field(default_factory=_Publishing)
 
 
@@ -165,6 +166,8 @@ class Supervisor:
         self._time_known = threading.Event()
         self._start = time.monotonic()
         self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
+        self._driver: Child | None = None
+        self._driver_start = 0.0
 
     def run(self) -> int:
         """Run the attempt and return the exit status."""
@@ -273,17 +276,26 @@ class Supervisor:
         work = self._work()
         if work is None:
             self._state.ended = Ended("finished", "an earlier attempt had done it all", 0)
-            return self._finish()
-        _write_private(os.path.join(scratch.path, "work"), msgspec.msgpack.encode(work))
+        elif self._signals.terminate:
+            self._state.ended = Ended("terminated", "SIGTERM before the work began", 0)
+        else:
+            _write_private(os.path.join(scratch.path, "work"), msgspec.msgpack.encode(work))
+            self._work_with(self._start_driver())
+        return self._finish()
+
+    def _start_driver(self) -> Child:
         failpoint("supervisor.before_driver")
         self._driver = start_child(
             "hpcresume.task.driver", self._spec_path, oom_score=_DRIVER_OOM_SCORE
         )
+        self._driver_start = time.monotonic()
         self._selector.register(self._driver.channel.read_fd, selectors.EVENT_READ)
+        return self._driver
+
+    def _work_with(self, driver: Child) -> None:
         self._look_at_time()
         while not self._is_over():
-            self._step()
-        return self._finish()
+            self._step(driver)
 
     def _start_publisher(self) -> Child:
         child = start_child(
@@ -295,9 +307,11 @@ class Supervisor:
     def _recover_dead(self) -> None:
         """Publish and sweep what dead attempts of this run left on this node."""
         for directory in dead_attempts(self._local, run_id=self._run.run_id):
+            if self._signals.terminate:
+                return
             end_dead(directory)
             self._publisher.channel.send(Recover(directory))
-            answer = self._await(_RECOVER_S)
+            answer = self._await(_RECOVER_S, until_signalled=True)
             if isinstance(answer, Recovered):
                 say(f"recovered {answer.sources} sources of a dead attempt in {directory}")
                 sweep(directory)
@@ -305,10 +319,12 @@ class Supervisor:
                 why = answer.reason if isinstance(answer, Refused) else "no answer in time"
                 say(f"could not recover {directory}: {why}")
 
-    def _await(self, timeout_s: float) -> PublisherReport | None:
+    def _await(self, timeout_s: float, *, until_signalled: bool = False) -> PublisherReport | None:
         """Return the publisher's next report, None when it does not come in time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and not self._publisher.channel.closed:
+            if until_signalled and self._signals.terminate:
+                break
             self._wait(min(_TICK_S, deadline - time.monotonic()))
             reports = self._publisher.channel.receive(PUBLISHER_REPORTS)
             if reports:
@@ -321,15 +337,25 @@ class Supervisor:
                 with contextlib.suppress(BlockingIOError):
                     os.read(key.fd, 4096)
 
-    def _step(self) -> None:
+    def _step(self, driver: Child) -> None:
         self._wait(_TICK_S)
         self._heed_signals()
-        for report in self._driver.channel.receive(DRIVER_REPORTS):
+        for report in driver.channel.receive(DRIVER_REPORTS):
             self._hear_driver(report)
-        if self._driver.channel.closed:
-            self._note_driver_end()
+        if driver.channel.closed:
+            self._note_driver_end(driver)
+        elif self._state.report is None:
+            self._check_start(driver)
         self._serve_publisher()
         self._tell_parent()
+
+    def _check_start(self, driver: Child) -> None:
+        """End a driver whose Ray head does not come up."""
+        limit = self._settings.task.start_timeout_s
+        if time.monotonic() - self._driver_start > limit and self._state.ended is None:
+            driver.kill()
+            reason = f"the Ray head did not come up within start_timeout_s={limit:g}"
+            self._state.ended = Ended("ray-start", reason, 0)
 
     def _is_over(self) -> bool:
         state = self._state
@@ -377,7 +403,11 @@ class Supervisor:
         state.stop_deadline = time.monotonic() + drain_s
         say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
         # Half of the budget is for what runs, half for publishing what it leads to.
-        self._driver.channel.send(Stop(time.monotonic() + drain_s / 2))
+        self._order_driver(Stop(time.monotonic() + drain_s / 2))
+
+    def _order_driver(self, order: DriverOrder) -> None:
+        if self._driver is not None:
+            self._driver.channel.send(order)
 
     def _hear_driver(self, report: DriverReport) -> None:
         if isinstance(report, Ended):
@@ -388,11 +418,11 @@ class Supervisor:
         if report.last > publishing.receipt and publishing.unpublished_since is None:
             publishing.unpublished_since = time.monotonic()
 
-    def _note_driver_end(self) -> None:
+    def _note_driver_end(self, driver: Child) -> None:
         if self._state.ended is None:
-            with contextlib.suppress(Exception):
-                self._driver.process.wait(timeout=5)
-            self._state.driver_died = f"the driver {self._driver.describe_end()}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.process.wait(timeout=5)
+            self._state.driver_died = f"the driver {driver.describe_end()}"
             say(self._state.driver_died)
 
     def _serve_publisher(self) -> None:
@@ -463,13 +493,11 @@ class Supervisor:
         known = self._state.report
         more = known is not None and known.last > report.last
         publishing.unpublished_since = now if more else None
-        if hasattr(self, "_driver"):
-            self._driver.channel.send(Published(report.last))
-            if report.newest_epoch > self._ref.epoch:
-                self._state.superseded = report.newest_epoch
-                self._stop("superseded", f"attempt {report.newest_epoch} has started", 2 * _TICK_S)
-            if report.stop:
-                self._stop("stopped", "the run holds a stop mark", self._settings.task.drain_s)
+        self._order_driver(Published(report.last))
+        if report.newest_epoch > self._ref.epoch:
+            self._stop("superseded", f"attempt {report.newest_epoch} has started", 2 * _TICK_S)
+        if report.stop:
+            self._stop("stopped", "the run holds a stop mark", self._settings.task.drain_s)
 
     def _hold_if_at_risk(self, now: float) -> None:
         """Take no more sources while what is committed cannot be published."""
@@ -481,7 +509,7 @@ class Supervisor:
         if hold != publishing.holding:
             publishing.holding = hold
             say("too much is unpublished; no sources are taken" if hold else "publishing again")
-            self._driver.channel.send(Hold(hold))
+            self._order_driver(Hold(hold))
 
     def _tell_parent(self) -> None:
         """Send progress to the launcher, where one watches."""
@@ -497,13 +525,14 @@ class Supervisor:
     def _finish(self) -> int:
         """Publish the rest, write the outcome, leave nothing behind; return the exit status."""
         state = self._state
-        started = hasattr(self, "_driver")
-        if state.ended is None and state.driver_died is None:
+        if self._driver is not None and state.ended is None and state.driver_died is None:
             # It did not drain in time: what it committed is published without it.
             self._driver.kill()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._driver.process.wait(timeout=_MARGIN_S)
-        published = self._publish_rest() if started else True
+        # A driver that ended before it had a ledger left nothing to publish.
+        has_ledger = os.path.exists(os.path.join(self._scratch.path, "ledger", "data.mdb"))
+        published = not has_ledger or self._publish_rest()
         outcome = self._make_outcome(published=published)
         say(f"{outcome.state}: {outcome.reason}")
         self._publisher.channel.send(WriteOutcome(outcome))
@@ -572,7 +601,7 @@ class Supervisor:
             name, reason = "lost", f"{reason}; not everything could be published"
         elif kind == "finished":
             name = "done"
-        elif kind in {"stage-broken", "stage-start", "storage"}:
+        elif kind in {"stage-broken", "stage-start", "ray-start", "storage"}:
             name = "broken"
         else:
             name = "superseded" if kind == "superseded" else "saved"

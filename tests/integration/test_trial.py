@@ -43,8 +43,8 @@ def parse(text):
     return item
 
 
-@hr.stage(max_concurrency=4)
-async def later(item):
+@hr.stage(cpus=0.5)  # other resources: a worker of its own
+def later(item):
     print("later", item["text"])
     return item
 

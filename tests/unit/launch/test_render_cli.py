@@ -54,7 +54,7 @@ def call(*args):
 
 def rendered(*args):
     """Return what --json says; the command has to succeed."""
-    result = call(*args, "--json")
+    result = call(args[0], "--json", *args[1:])
     assert 0 == result.exit_code, result.stderr
     return json.loads(result.stdout)
 
@@ -84,9 +84,10 @@ def test_the_run_directory_is_the_one_that_submit_would_use(place, monkeypatch):
     assert [path] == [str(run) for run in (place / "runs").iterdir()]
 
 
-def test_both_scripts_are_printed_and_are_valid_bash(place):
+def test_both_scripts_are_printed_and_are_valid_bash(place, monkeypatch):
     """Without --json stdout holds the two scripts, and no other lines than comments."""
     result = call("render", "figures.py")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
     assert 0 == result.exit_code, result.stderr
     assert 2 == result.stdout.count("#!/bin/bash")

@@ -77,7 +77,7 @@ def run_trial_command(tmp_path):
 
 @given(total=st.integers(0, 3000), n=st.integers(1, 40))
 def test_a_stream_of_unknown_length_is_sampled_evenly(total, n):
-    """As many as wanted, from the first on, in order, none twice, no gap over three times another."""
+    """As many as wanted, from the first on, in order, none twice, without a wide gap."""
     kept = Spread(n)
     for item in range(total):
         kept.add(item)
@@ -257,8 +257,8 @@ def test_a_stage_that_fails_everything_ends_the_trial():
     assert not report.ok
 
 
-def test_a_failing_teardown_is_reported():
-    """A teardown that raises does not hide the rows."""
+def test_a_failing_teardown_is_reported(caplog):
+    """A teardown that raises is told of and does not cost the rows."""
 
     class Server(hr.Stage):
         def process(self, item):
@@ -270,7 +270,7 @@ def test_a_failing_teardown_is_reported():
     report = trial(hr.Pipeline("t", ["a"], [Server()]))
 
     assert ["a"] == [row.row for row in report.rows]
-    assert "would not go" in report.stopped
+    assert "would not go" in caplog.text + report.stopped
 
 
 @pytest.mark.parametrize(
