@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcresume.config import Resolved, load_settings
+import msgspec
+
+from hpcresume.config import Resolved, Settings, load_settings
 from hpcresume.errors import RunDirError
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.rounds import (
@@ -21,8 +23,9 @@ from hpcresume.launch.rounds import (
     plan_settings,
     run_finish,
     settle,
+    withhold,
 )
-from hpcresume.launch.slurm_round import active_jobs, submit_round
+from hpcresume.launch.slurm_round import active_jobs, cancelled_tasks, submit_round
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
@@ -91,7 +94,11 @@ def merge_step(run: RunDir) -> Step:
     manifest, settings = Manifest.open(run), plan_settings(plan)
     round_ = plan.footer.round
     standing = settle(run, manifest, settings)
-    if not standing.remainder:
+    if standing.remainder and plan.footer.launch.cluster == "slurm" and not run.stop_requested():
+        if active_jobs(run, round_):
+            return Step("running", standing, round_)
+        standing = withhold(run, manifest, settings, cancelled_tasks(run, round_))
+    if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
         finish_run(run, standing, pipeline)
         return Step("finished", standing)
@@ -99,8 +106,6 @@ def merge_step(run: RunDir) -> Step:
         return Step("cancelled", standing)
     if standing.stopped:
         return Step("stopped", standing)
-    if plan.footer.launch.cluster == "slurm" and active_jobs(run, round_):
-        return Step("running", standing, round_)
     if run.job_records(round_) or run.tasks(round_):
         round_ = next_round(run, manifest, standing, plan)
     # Otherwise this round was planned by a merge that died before it was submitted.
@@ -109,17 +114,43 @@ def merge_step(run: RunDir) -> Step:
 
 
 def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) -> int:
-    """Plan the next round with the settings of the last one; return its number."""
+    """Plan the next round with the settings of the last one, without the nodes that failed.
+
+    Returns:
+        Its number, also where another merge planned it first.
+    """
     with contextlib.suppress(FileExistsError):
         return plan_round(
             run,
             manifest,
             standing,
-            settings=plan_settings(plan),
+            settings=without_bad_nodes(run, plan),
             code=run.code_numbers()[-1],
             launch=plan.footer.launch,
         )
     return run.rounds()[-1]
+
+
+def without_bad_nodes(run: RunDir, plan: Plan) -> Settings:
+    """Return a plan's settings, leaving out nodes on which attempts could not start.
+
+    Only where another node did better in the same round: if none did, the fault is not a
+    node's, and leaving all of them out would leave the next round waiting for ever.
+    """
+    settings = plan_settings(plan)
+    bad, good = set[str](), set[str]()
+    for task in run.tasks(plan.footer.round):
+        for ref in run.attempts(plan.footer.round, task):
+            info, outcome = run.attempt_info(ref), run.outcome(ref)
+            if info is None or outcome is None or info.node is None:
+                continue
+            (bad if outcome.kind in {"storage", "ray-start"} else good).add(info.node)
+    bad -= good
+    if not bad or not good:
+        return settings
+    known = set(filter(None, settings.request.exclude.split(",")))
+    request = msgspec.structs.replace(settings.request, exclude=",".join(sorted(known | bad)))
+    return msgspec.structs.replace(settings, request=request)
 
 
 @dataclass

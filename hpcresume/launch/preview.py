@@ -11,8 +11,8 @@ from hpcresume.errors import RunDirError, UsageError
 from hpcresume.fs import POSIX
 from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
-from hpcresume.launch.rounds import newest_plan, stand
-from hpcresume.launch.slurm_round import check_submittable, make_array_job, make_merge_job
+from hpcresume.launch.rounds import capacity, newest_plan, stand
+from hpcresume.launch.slurm_round import make_array_job, make_merge_job
 from hpcresume.launch.submit import Submission, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME
 from hpcresume.merge.plan import KIND, Launch, Plan, PlanFooter
@@ -123,11 +123,10 @@ def preview(submission: Submission, loaded: LoadedPipeline, resolved: Resolved) 
         generation=0,
         code=0,
         sources=left,
-        tasks=max(1, min(launch.array, left)),
+        tasks=max(1, min(launch.array, left, capacity(resolved.settings.site))),
         settings={},
         launch=launch,
     )
-    check_submittable(run, resolved, footer.tasks)
     notes = _refusals(run, loaded, submission) if exists else []
     if not left:
         notes.append("no source is left: submit would submit nothing")

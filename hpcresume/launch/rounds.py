@@ -6,13 +6,14 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from pyroaring import BitMap
 
-from hpcresume.config.settings import Settings
+from hpcresume.config.settings import Settings, SiteSettings
 from hpcresume.errors import InternalError
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
@@ -41,7 +42,7 @@ class Standing:
 
     Attributes:
         union: What is done.
-        remainder: What is left.
+        remainder: What is left to do, without what waits for the user.
         total: Number of sources, without withdrawn ones.
     """
 
@@ -59,7 +60,9 @@ def stand(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
     """Return how a run stands, without writing anything."""
     union = read_union(run, max_attempts=settings.run.max_attempts)
     owed = bitmaps.span(0, manifest.total) - manifest.withdrawn()
-    return Standing(union, owed - union.settled(), len(owed))
+    left = owed - union.settled()
+    union.withheld &= left
+    return Standing(union, left - union.withheld, len(owed))
 
 
 def settle(
@@ -81,7 +84,7 @@ def settle(
         standing = stand(run, manifest, settings)
         union = standing.union
         stopped, finished = union.stopped, union.finished
-        union.finished = finished and not standing.remainder
+        union.finished = finished and not standing.remainder and not union.withheld
         if standing.remainder and not union.stopped and not by_hand:
             union.stopped = why_stopped(run, standing, settings)
         if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
@@ -89,6 +92,29 @@ def settle(
         with contextlib.suppress(FileExistsError):
             write_generation(run, union)
             return standing
+    raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
+
+
+def withhold(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[int]) -> Standing:
+    """Keep the shards of cancelled array tasks out of the next rounds until the user submits.
+
+    Somebody cancelled them on purpose; bringing them back would be against it.
+    """
+    plan = newest_plan(run)
+    assert plan is not None
+    for _ in range(_TRIES):
+        standing = stand(run, manifest, settings)
+        union = standing.union
+        cancelled = bitmaps.union(plan.shard(task).bitmap() for task in tasks)
+        fresh = (cancelled & standing.remainder) - union.withheld
+        if not fresh:
+            return standing
+        union.withheld |= fresh
+        left = Standing(union, standing.remainder - fresh, standing.total)
+        union.stopped = "" if left.remainder else why_stopped(run, left, settings)
+        with contextlib.suppress(FileExistsError):
+            write_generation(run, union)
+            return stand(run, manifest, settings)
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 
@@ -108,9 +134,10 @@ def reopen(run: RunDir, *, quarantined: bool) -> None:
     for _ in range(_TRIES):
         union = load_newest(run)
         given_up = union.quarantined() if quarantined else BitMap()
-        if not union.stopped and not given_up:
+        if not (union.stopped or given_up or union.withheld):
             return
         union.stopped, union.finished = "", union.finished and not given_up
+        union.withheld = BitMap()
         for source in given_up:
             del union.failures[source]
         with contextlib.suppress(FileExistsError):
@@ -120,6 +147,9 @@ def reopen(run: RunDir, *, quarantined: bool) -> None:
 
 def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     """Return why a run must not go on by itself, empty where it may."""
+    if not standing.remainder:
+        count = len(standing.union.withheld)
+        return f"{count} sources belong to array tasks that were cancelled" if count else ""
     rounds = run.rounds()
     if not rounds:
         return ""
@@ -185,7 +215,10 @@ def plan_round(
     rounds = run.rounds()
     number = RoundIndex(rounds[-1] + 1 if rounds else 0)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
-    dealt = deal(standing.remainder, launch.array, weight_of)
+    most = launch.array
+    if launch.cluster == "slurm":
+        most = min(most, capacity(settings.site))
+    dealt = deal(standing.remainder, most, weight_of)
     shards = make_shards(dealt, standing.union.attempts(), standing.union.open_suspects())
     footer = PlanFooter(
         run_id=run.run_id,
@@ -199,6 +232,16 @@ def plan_round(
     )
     write_plan(run, footer, shards)
     return number
+
+
+def capacity(site: SiteSettings) -> int:
+    """Return how many array tasks a site takes at once; shards are packed into these.
+
+    The merge job and its twin are submitted beside the array and count too.
+    """
+    limits = [site.max_array_size] if site.arrays else []
+    limits += [max(1, site.max_submit - 2)] if site.max_submit else []
+    return min(limits, default=sys.maxsize)
 
 
 def newest_plan(run: RunDir) -> Plan | None:

@@ -7,16 +7,18 @@ first array to start claims the round, and elements of any other end at once.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hpcresume import slurm
 from hpcresume.config import Resolved
-from hpcresume.errors import ConfigError, SlurmUnreachableError
+from hpcresume.errors import SlurmUnreachableError
 from hpcresume.launch.rendering import ArrayJob, MergeJob
 from hpcresume.merge.plan import Plan
 from hpcresume.run.directory import JobRecord, RunDir
+from hpcresume.task.allocation import CLAIM_VARIABLE
 from hpcresume.task.supervisor import run_element
 
 _ENDED = frozenset(
@@ -70,21 +72,6 @@ def active_jobs(run: RunDir, round_: int) -> list[slurm.QueueEntry]:
     return [entry for entry in slurm.queue(name=name) if entry.state.split(" ")[0] not in _ENDED]
 
 
-def check_submittable(run: RunDir, resolved: Resolved, tasks: int) -> None:
-    """Refuse a round that the site cannot take, before anything is submitted.
-
-    Raises:
-        ConfigError: The array is longer than the site allows.
-    """
-    site = resolved.settings.site
-    if site.arrays and tasks > site.max_array_size:
-        raise ConfigError(
-            f"{run.path}: {tasks} array tasks, but {site.name} takes indices below "
-            f"{site.max_array_size}. Give a smaller --array.",
-            tasks=tasks,
-        )
-
-
 def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
     """Submit a round's array and merge jobs, or take up what was submitted before.
 
@@ -92,41 +79,67 @@ def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
         SlurmUnreachableError: The controller does not answer.  Submitting again is safe.
         SlurmRefusedError: Slurm refused a job.
     """
-    from hpcresume.launch import submitit_executor
-
     footer = plan.footer
-    check_submittable(run, resolved, footer.tasks)
     known = active_jobs(run, footer.round)
     if known:
-        array = known[0].array_job_id
+        jobs = sorted({entry.array_job_id for entry in known})
     else:
         try:
-            array = submitit_executor.submit_round(
-                make_array_job(run, plan),
-                resolved,
-                function=run_element,
-                argument=f"{footer.round} {run.path}",
-            )
+            jobs = _submit_tasks(run, plan, resolved)
         except SlurmUnreachableError as error:
             raise SlurmUnreachableError(
                 f"{error} The array of round {footer.round} may or may not be submitted. "
                 "Run the same command again: it looks for the array before submitting another.",
                 **error.fields,
             ) from error
-    merge = _follow(run, plan, resolved, f"afterany:{array}")
+    merge = _follow(run, plan, resolved, "afterany:" + ":".join(jobs))
     twin = _follow(run, plan, resolved, f"afternotok:{merge}", twin=True)
     record = JobRecord(
         cluster="slurm",
-        array=array,
+        array=",".join(jobs),
         merge=merge,
         twin=twin,
         job_name=job_name(run, footer.round),
         tasks=footer.tasks,
         submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    name = f"slurm-{array}-{secrets.token_hex(4)}.json"
+    name = f"slurm-{jobs[0]}-{secrets.token_hex(4)}.json"
     run.write_record(run.round_path(footer.round, "jobs", name), record, label="jobs")
     return record
+
+
+def _submit_tasks(run: RunDir, plan: Plan, resolved: Resolved) -> list[str]:
+    """Submit the round's array, or single jobs where the site has no arrays; return the ids."""
+    from hpcresume.launch import submitit_executor
+
+    array, round_ = make_array_job(run, plan), plan.footer.round
+    if resolved.settings.site.arrays:
+        elements = [array]
+    else:
+        # Single jobs have no array id in common, so the submission names itself.
+        claim = {**array.environment, CLAIM_VARIABLE: secrets.token_hex(8)}
+        elements = [
+            dataclasses.replace(
+                array, tasks=1, index=task, environment=claim, folder=array.folder / str(task)
+            )
+            for task in range(array.tasks)
+        ]
+    return [
+        submitit_executor.submit_round(
+            job, resolved, function=run_element, argument=f"{round_} {run.path}"
+        )
+        for job in elements
+    ]
+
+
+def cancelled_tasks(run: RunDir, round_: int) -> list[int]:
+    """Return the array tasks of a round that were cancelled, as far as Slurm still knows."""
+    name = job_name(run, round_)
+    return sorted(
+        entry.array_task or 0
+        for entry in slurm.queue(name=name)
+        if entry.state.split(" ")[0] == "CANCELLED"
+    )
 
 
 def _follow(

@@ -17,7 +17,7 @@ from hpcresume.launch.drive import LocalRun, Step, finish_run
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
-from hpcresume.launch.slurm_round import active_jobs, check_submittable, submit_round
+from hpcresume.launch.slurm_round import active_jobs, submit_round
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
@@ -201,7 +201,6 @@ def submit_to_slurm(ready: Ready) -> Step:
     if not standing.remainder:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
-    check_submittable(run, ready.resolved, min(ready.launch.array, len(standing.remainder)))
     last = newest_plan(run)
     if last is not None and active_jobs(run, last.footer.round):
         job = submit_round(run, last, ready.resolved)

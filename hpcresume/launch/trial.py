@@ -34,7 +34,7 @@ from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
-from hpcresume.errors import SourcesError, UsageError, describe
+from hpcresume.errors import SourcesError, UsageError
 from hpcresume.ids import item_id, new_run_id
 from hpcresume.launch.estimate import Estimate, estimate_run
 from hpcresume.pipeline.load import LoadedPipeline, write_snapshot
@@ -553,10 +553,7 @@ class _Bench:
         try:
             yield inline
         finally:
-            try:
-                inline.close(_CLOSE_S)
-            except Exception as error:
-                self._stopped = self._stopped or f"a teardown raised {describe(error)}"
+            inline.close(_CLOSE_S)
 
     @contextmanager
     def _ray_pool(self, groups: list[Group]) -> Iterator[Pool]:

@@ -83,6 +83,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
         suspects: Bitmaps of sources in flight at an unexplained death.
         stopped: Why the run does not go on by itself, empty while it does.
         finished: Whether nothing is left to do.
+        withheld: Bitmap of the sources of cancelled array tasks, which wait for the user.
     """
 
     run_id: str
@@ -94,6 +95,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     suspects: list[bytes]
     stopped: str
     finished: bool
+    withheld: bytes = b""
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Union:
         completed: All completed sources.
         won: For every folded segment, in order, the sources whose rows are taken from it.
         failures: Sources that failed and are not completed.
+        withheld: Sources of cancelled array tasks, which wait for the user.
         fresh: Segments that the generation had not folded.
         passed_over: Highest number of a damaged generation that was passed over.
     """
@@ -117,6 +120,7 @@ class Union:
     bad: dict[str, str] = field(default_factory=dict)
     stopped: str = ""
     finished: bool = False
+    withheld: BitMap = field(default_factory=BitMap)
     fresh: int = 0
     passed_over: int = 0
 
@@ -310,7 +314,12 @@ def _load(run: RunDir, number: int) -> Union:
         bad=dict(footer.bad),
         stopped=footer.stopped,
         finished=footer.finished,
+        withheld=_load_optional(footer.withheld, what=container.path),
     )
+
+
+def _load_optional(data: bytes, *, what: str) -> BitMap:
+    return bitmaps.load(data, what=what) if data else BitMap()
 
 
 def write_generation(run: RunDir, union: Union) -> int:
@@ -333,6 +342,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         suspects=[bitmaps.dump(group) for group in union.open_suspects()],
         stopped=union.stopped,
         finished=union.finished,
+        withheld=bitmaps.dump(union.withheld),
     )
 
     def blocks() -> Iterator[bytes]:

@@ -88,6 +88,7 @@ class AttemptInfo(msgspec.Struct, frozen=True):
     cpus: int
     job_id: str | None = None
     array_job_id: str | None = None
+    node: str | None = None
     restart_count: int = 0
 
 

@@ -13,6 +13,9 @@ import psutil
 from hpcresume import slurm
 from hpcresume.errors import HpcResumeError
 
+CLAIM_VARIABLE = "HPCRESUME_CLAIM"
+"""Names a submission of single jobs, which claim their round together."""
+
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
@@ -23,7 +26,9 @@ class Allocation:
         gpus: GPUs it may use.
         memory_bytes: Memory of all its processes together.
         element: How Slurm names it, ``<array>_<index>`` or ``<job>``; None off Slurm.
-        array_job_id: The array it belongs to; None off Slurm.
+        claim: In whose name it claims its round: the array's id, or the submission's
+            where the site has no arrays; None off Slurm.
+        node: Slurm's name of the node; None off Slurm.
         restart_count: How often Slurm restarted it.
     """
 
@@ -31,7 +36,8 @@ class Allocation:
     gpus: int
     memory_bytes: int
     element: str | None = None
-    array_job_id: str | None = None
+    claim: str | None = None
+    node: str | None = None
     restart_count: int = 0
 
 
@@ -51,7 +57,8 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         gpus=_gpus(environ),
         memory_bytes=_memory_bytes(environ, cpus),
         element=f"{array}_{index}" if array and index else job,
-        array_job_id=array or job,
+        claim=environ.get(CLAIM_VARIABLE) or array or job,
+        node=environ.get("SLURMD_NODENAME"),
         restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
     )
 

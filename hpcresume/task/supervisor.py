@@ -190,7 +190,7 @@ class Supervisor:
 
     def _claim(self) -> str | None:
         """Return the array that owns the round, where it is not this one."""
-        mine = self._allocation.array_job_id
+        mine = self._allocation.claim
         if mine is None:
             return None
         owner = self._run.claim_round(self._round, mine)
@@ -216,12 +216,13 @@ class Supervisor:
         info = AttemptInfo(
             nonce=secrets.token_hex(8),
             host=socket.gethostname(),
+            node=self._allocation.node,
             boot_id=_boot_id(),
             pid=os.getpid(),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             cpus=self._allocation.cpus,
             job_id=self._allocation.element,
-            array_job_id=self._allocation.array_job_id,
+            array_job_id=self._allocation.claim,
             restart_count=self._allocation.restart_count,
         )
         self._run.write_record(self._run.attempt_path(ref, "attempt.json"), info, label="attempt")
@@ -233,7 +234,7 @@ class Supervisor:
         os.environ[ATTEMPT_VARIABLE] = attempt
         self._spec_path = os.path.join(scratch.path, "spec.json")
         _write_private(self._spec_path, msgspec.json.encode(self._make_spec(ref, scratch)))
-        say(f"round {ref.round}, task {ref.task}, attempt {ref.epoch} on {info.host}")
+        say(f"round {ref.round}, task {ref.task}, attempt {ref.epoch} on {info.node or info.host}")
         return scratch
 
     def _make_spec(self, ref: AttemptRef, scratch: Scratch) -> AttemptSpec:

@@ -109,3 +109,50 @@ def test_time_limit(slurm_cluster: SlurmCluster) -> None:
     assert "done" == second["state"]
     assert ("complete", 1) == (status["state"], len(status["rounds"]))
     assert fan_result() == collected(command, run)
+
+
+def test_cancelled_element_stays_out(slurm_cluster: SlurmCluster) -> None:
+    """
+    scancel of one element means stop: it publishes what it has, the merge job reports its
+    shard and leaves it out, and submitting by hand takes it up again.
+    """
+    command, run = submit(slurm_cluster, "--array", "2", "-c", "2", ms=400)
+    wait_until(
+        lambda: completed_by(command, run, 1),
+        timeout_s=120,
+        describe=lambda: slurm_cluster.evidence() + logs_of(run),
+    )
+    array = command.status(run)["rounds"][0]["job_id"]
+    slurm_cluster.run("scancel", f"{array}_1")
+
+    stopped = command.wait_ended(run)
+    command.run("submit", str(run))
+    ended = command.wait_ended(run)
+
+    assert "stopped" == stopped["state"]
+    assert "were cancelled" in stopped["reason"]
+    assert 100 < stopped["sources"]["completed"] < 200
+    assert ("complete", 2) == (ended["state"], len(ended["rounds"]))
+    assert fan_result() == collected(command, run)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tasks"),
+    [("MAX_ARRAY_SIZE=3", 3), ("MAX_SUBMIT=4", 2), ("ARRAYS=false", 4)],
+)
+def test_shards_are_packed(slurm_cluster: SlurmCluster, setting: str, tasks: int) -> None:
+    """Where the site takes fewer elements than asked for, or no arrays, the run completes."""
+    name, _, value = setting.partition("=")
+    directory = slurm_cluster.folder("packed")
+    write_fan(directory)
+    command = Command(directory, {**slurm_cluster.env, f"HPCRESUME_SITE__{name}": value})
+    run = directory / "run"
+    command.run(
+        *("submit", "fan.py", "--run-dir", "run", "--array", "4", "-c", "1", "-P", "ms=0"),
+        *("--engine", "inline", "--local-dir", str(slurm_cluster.scratch)),
+    )
+
+    status = command.wait_ended(run)
+
+    assert ("complete", [tasks]) == (status["state"], [r["tasks"] for r in status["rounds"]])
+    assert fan_result() == collected(command, run)

@@ -1,0 +1,331 @@
+"""Runs on this machine: submitting again, growing, interrupting, and trying again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import Command, wait_until
+from tests.support.local import INLINE, Desk, Ended, kill_family
+from tests.support.pipelines import fan_result, write_fan
+
+TEXTS = """
+@hr.stage
+def measure(path):
+    with open("calls", "a") as calls:
+        calls.write(path.name + "\\n")
+    return {"name": path.name, "words": len(path.read_text().split())}
+
+def pipeline():
+    return hr.Pipeline(name="texts", sources=hr.files("texts"), stages=[measure])
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """A user's directory."""
+    return Desk.make(tmp_path)
+
+
+def ok(ended: Ended, *fragments: str) -> None:
+    """Assert that a command succeeded and said every fragment."""
+    assert 0 == ended.code, ended
+    assert [] == [fragment for fragment in fragments if fragment not in ended.err], ended
+
+
+def lines(path: Path) -> list[str]:
+    """Return a file's lines, sorted; none where there is no file."""
+    return sorted(path.read_text().splitlines()) if path.exists() else []
+
+
+def start(desk: Desk, *arguments: str) -> subprocess.Popen[str]:
+    """Start ``hpcresume submit`` without waiting for it."""
+    local = ("--local-dir", str(desk.local))
+    return Command(desk.path).start("submit", *INLINE, *local, *arguments)
+
+
+def wait_for_calls(calls: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a pipeline has been called so often."""
+    wait_until(
+        lambda: len(lines(calls)) >= count,
+        timeout_s=60,
+        describe=lambda: f"{len(lines(calls))} calls; the command ended: {process.poll()}",
+    )
+
+
+def test_submitting_a_complete_run_does_nothing(desk: Desk) -> None:
+    """The same command again finds everything done and runs no source."""
+    calls = write_fan(desk.path).with_name("calls")
+    command = ("fan.py", "--run-dir", "run", "-P", "n=20", "-P", "ms=0", "-P", f"calls={calls}")
+    ok(desk.submit(*command), "20: 20 new, 0 done, 20 left", "round 0", "complete")
+    before = lines(calls)
+
+    again = desk.submit(*command)
+
+    ok(again, "20: 0 new, 20 done, 0 left", "complete")
+    assert "round" not in again.err
+    assert 20 == len(before)
+    assert before == lines(calls)
+    assert fan_result(20) == desk.rows("run")
+
+
+def test_the_run_directory_follows_name_and_parameters(desk: Desk) -> None:
+    """Without --run-dir each set of parameters has a run of its own below runs/."""
+    write_fan(desk.path)
+    for n in (3, 4, 3):
+        ok(desk.submit("fan.py", "-P", "ms=0", "-P", f"n={n}"))
+
+    runs = sorted((desk.path / "runs").iterdir())
+    assert 2 == len(runs)
+    assert all(run.name.startswith("fan-") for run in runs)
+    assert "fan: complete" in desk.call("status").out
+
+
+def test_edited_pipeline(desk: Desk) -> None:
+    """An edited file is taken and named; what is done stays as the old code made it."""
+    (desk.path / "texts").mkdir()
+    desk.write("texts/a.txt", "one two")
+    desk.write("p.py", TEXTS)
+    ok(desk.submit("p.py", "--run-dir", "run"))
+    desk.write("texts/b.txt", "three")
+    desk.write("p.py", TEXTS.replace('"words": len', '"count": len'))
+
+    ok(desk.submit("p.py", "--run-dir", "run"), "new code: p.py", "complete")
+
+    rows = [json.loads(line) for line in desk.rows("run").splitlines()]
+    assert [{"name": "a.txt", "words": 2}, {"name": "b.txt", "count": 1}] == rows
+    assert 2 == len(list(desk.path.glob("run/code/*")))
+
+
+def test_grown_source_list(desk: Desk) -> None:
+    """Of a list that grew only the new sources are run, and the result holds all."""
+    for name in ("b", "d"):
+        desk.write(f"texts/{name}.txt", name)
+    desk.write("p.py", TEXTS)
+    ok(desk.submit("p.py", "--run-dir", "run"), "2: 2 new, 0 done, 2 left")
+    for name in ("a", "c"):
+        desk.write(f"texts/{name}.txt", name)
+
+    ok(desk.submit("p.py", "--run-dir", "run"), "4: 2 new, 2 done, 2 left", "4 completed")
+
+    assert [f"{name}.txt" for name in "abcd"] == lines(desk.path / "calls")
+    rows = [json.loads(line)["name"] for line in desk.rows("run").splitlines()]
+    assert ["b.txt", "d.txt", "a.txt", "c.txt"] == rows
+
+
+def test_source_that_is_gone(desk: Desk) -> None:
+    """A source that left the list is refused by name, or dropped where that is accepted."""
+    for name in ("a", "b"):
+        desk.write(f"texts/{name}.txt", name)
+    desk.write("p.py", TEXTS)
+    ok(desk.submit("p.py", "--run-dir", "run"))
+    (desk.path / "texts/a.txt").unlink()
+
+    refused = desk.submit("p.py", "--run-dir", "run")
+    assert 14 == refused.code, refused
+    assert "'a.txt'" in refused.err
+    ok(desk.submit("p.py", "--run-dir", "run", "--accept-changes"), "1: 0 new, 1 done, 0 left")
+    assert b'{"name":"b.txt","words":1}\n' == desk.rows("run")
+
+
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_ctrl_c(desk: Desk, engine: str) -> None:
+    """
+    Ctrl-C drains, publishes and exits with 130, naming the command that continues; that one
+    completes the run with the result of an uninterrupted one, running nothing twice.
+    """
+    calls = write_fan(desk.path).with_name("calls")
+    process = start(
+        *(desk, "fan.py", "--run-dir", "run", "--engine", engine, "--sync-interval", "600"),
+        *("-P", "ms=20", "-P", f"calls={calls}"),
+    )
+    try:
+        wait_for_calls(calls, 30, process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        kill_family(process.pid)
+    interrupted = Ended(process.returncode, out, err)
+    done = json.loads(desk.call("status", "run", "--json").out)["sources"]["completed"]
+
+    assert 130 == interrupted.code, interrupted
+    assert "interrupted" in interrupted.err
+    assert "hpcresume submit run" in interrupted.err
+    assert 30 <= done < 200
+    ok(desk.submit("run", "--engine", engine), f"200: 0 new, {done} done", "200 completed")
+    assert fan_result(200) == desk.rows("run")
+    assert [str(i) for i in range(200)] == sorted(lines(calls), key=int)
+
+
+def test_killed_launcher(desk: Desk) -> None:
+    """After a kill -9 of everything the same command continues from what was committed."""
+    calls = write_fan(desk.path).with_name("calls")
+    command = (
+        *("fan.py", "--run-dir", "run", "--sync-interval", "600"),
+        *("-P", "ms=20", "-P", f"calls={calls}"),
+    )
+    process = start(desk, *command)
+    try:
+        wait_for_calls(calls, 60, process)
+    finally:
+        kill_family(process.pid)
+        process.communicate()
+    before = len(lines(calls))
+
+    ok(desk.submit(*command), "complete", "200 completed")
+
+    assert fan_result(200) == desk.rows("run")
+    # A commit every 100 ms is 5 sources; the rest of the 60 came back from the dead ledger.
+    assert len(lines(calls)) - 200 < before / 2
+    assert [] == list(desk.local.glob("hpcresume-*/*/*"))
+
+
+def test_json(desk: Desk) -> None:
+    """With --json stdout is one object with schema 1, and people's text is on stderr."""
+    write_fan(desk.path)
+    ended = desk.submit("fan.py", "--run-dir", "run", "-P", "ms=0", "-P", "n=5", "--json")
+
+    ok(ended, "run directory", "complete")
+    (line,) = ended.out.splitlines()
+    said = json.loads(line)
+    assert 1 == said["schema"]
+    assert ("complete", str(desk.path / "run")) == (said["state"], said["run"])
+    assert {"total", "completed", "failing", "quarantined", "remaining", "at_risk"} == set(
+        said["sources"]
+    )
+    assert (5, 5) == (said["sources"]["total"], said["sources"]["completed"])
+
+
+def test_two_runs_side_by_side(desk: Desk) -> None:
+    """Runs in different directories do not meet, also on one node-local disk."""
+    write_fan(desk.path)
+    sizes = {"one": 150, "two": 120}
+    running = {
+        run: start(desk, "fan.py", "--run-dir", run, "-P", f"n={n}", "-P", "ms=10")
+        for run, n in sizes.items()
+    }
+    try:
+        for process in running.values():
+            out, err = process.communicate(timeout=100)
+            ok(Ended(process.returncode, out, err), "complete")
+    finally:
+        for process in running.values():
+            kill_family(process.pid)
+
+    for run, n in sizes.items():
+        assert fan_result(n) == desk.rows(run)
+
+
+def test_several_tasks(desk: Desk) -> None:
+    """Several tasks share the sources, and the result is in source order."""
+    write_fan(desk.path)
+    ok(
+        desk.submit("fan.py", "--run-dir", "run", "--array", "3", "-P", "ms=1"),
+        "200 sources in 3 tasks",
+        "complete",
+    )
+
+    assert fan_result(200) == desk.rows("run")
+
+
+def test_finish_runs_once(desk: Desk) -> None:
+    """``finish`` gets the rows of the whole run, once; submitting again does not repeat it."""
+    desk.write(
+        "p.py",
+        """
+        def total(rows, out):
+            with open("finished", "a") as times:
+                times.write("once\\n")
+            (out / "total.txt").write_text(str(sum(rows)))
+
+        def pipeline():
+            return hr.Pipeline(
+                name="sum", sources=hr.indexed(10), stages=[lambda i: i], finish=total
+            )
+        """,
+    )
+    for _ in range(2):
+        ok(desk.submit("p.py", "--run-dir", "run"), "what finish made", "run/finish")
+
+    assert "45" == (desk.path / "run/finish/total.txt").read_text()
+    assert ["once"] == lines(desk.path / "finished")
+
+
+def test_retry_quarantined(desk: Desk) -> None:
+    """Quarantined sources are run again on request only, with the code as it is then."""
+    broken = """
+    def half(i):
+        return 10 // (i - 2)
+
+    def pipeline():
+        return hr.Pipeline(name="half", sources=hr.indexed(5), stages=[half])
+    """
+    desk.write("p.py", broken)
+    first = desk.submit("p.py", "--run-dir", "run", "--max-attempts", "2")
+    desk.write("p.py", broken.replace("10 // (i - 2)", "10 // (i - 2) if i != 2 else 0"))
+    second = desk.submit("p.py", "--run-dir", "run")
+
+    for ended in (first, second):
+        assert 1 == ended.code, ended
+        assert "4 completed, 1 quarantined, 0 left" in ended.err, ended
+    ok(
+        desk.submit("p.py", "--run-dir", "run", "--retry-quarantined"),
+        "5: 0 new, 4 done, 1 left",
+        "5 completed, 0 quarantined",
+    )
+    assert b"-5\n-10\n0\n10\n5\n" == desk.rows("run")
+
+
+def test_stopped_run_goes_on_by_hand(desk: Desk) -> None:
+    """A run that stopped itself goes on when it is submitted again, the cause being removed."""
+    desk.write(
+        "p.py",
+        """
+        import os
+
+        class Model(hr.Stage):
+            def setup(self, worker):
+                open("model").close()
+
+            def process(self, item):
+                return item
+
+        def pipeline():
+            return hr.Pipeline(name="model", sources=hr.indexed(3), stages=[Model()])
+        """,
+    )
+    stopped = desk.submit("p.py", "--run-dir", "run")
+    (desk.path / "model").touch()
+
+    assert 1 == stopped.code, stopped
+    assert "stopped" in stopped.err
+    assert "No such file or directory: 'model'" in stopped.err
+    ok(desk.submit("run"), "3: 0 new, 0 done, 3 left", "3 completed, 0 quarantined")
+
+
+def test_local_run_is_continued_locally(desk: Desk) -> None:
+    """A run continued by its directory stays on this machine, whether or not Slurm is here."""
+    write_fan(desk.path)
+    ok(desk.submit("fan.py", "--run-dir", "run", "-P", "ms=0", "-P", "n=5"))
+    (desk.path / "bin").mkdir()
+    sbatch = desk.path / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\ntouch called\nexit 1\n")
+    sbatch.chmod(0o755)
+
+    ok(desk.call("submit", "run", env={"PATH": str(sbatch.parent)}), "complete")
+
+    assert not (desk.path / "called").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+def test_engines_agree(desk: Desk, engine: str) -> None:
+    """The same pipeline gives the same bytes in Ray's workers and in the driver's process."""
+    write_fan(desk.path)
+    ok(desk.submit("fan.py", "--run-dir", "run", "--engine", engine, "-P", "ms=0", "-P", "n=40"))
+
+    assert fan_result(40) == desk.rows("run")

@@ -1,0 +1,630 @@
+"""What stages may answer, and whose rows and failures come of it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hpcresume as hr
+from hpcresume.engine.chain import Chain
+from hpcresume.errors import StageStartError
+from tests.unit.engine.chains import (
+    ChainCase,
+    call,
+    counters,
+    failed,
+    items,
+    paths,
+    records,
+    rows,
+)
+
+
+def one(x: Any) -> Any:
+    """Pass a value on."""
+    return x
+
+
+def fan(n: int) -> Iterator[int]:
+    """Give 0 .. n - 1."""
+    yield from range(n)
+
+
+def even(x: int) -> int | None:
+    """Drop odd numbers."""
+    return x if x % 2 == 0 else None
+
+
+def test_fan_out_then_filter_attributes_every_row(case: ChainCase) -> None:
+    """Rows belong to the source they descend from, in item order, with the items' paths."""
+    result = case.run([fan, even], [5, 0, 2])
+    assert {0: [0, 2, 4], 1: [], 2: [0]} == rows(result)
+    assert [(0, 0), (2, 0), (4, 0), (0, 0)] == paths(result)
+    assert [(3, 7, 1, 0), (7, 4, 3, 0)] == counters(result)
+    assert 3 == result.completed
+
+
+def test_fan_out_then_filter_all_completes(case: ChainCase) -> None:
+    """A source all of whose items are dropped is complete without a row."""
+    result = case.run([fan, lambda _x: None], [3])
+    assert ({0: []}, 1, []) == (rows(result), result.completed, result.failures)
+
+
+def test_failure_after_fan_out_fails_its_source_alone(case: ChainCase) -> None:
+    """One failed item fails its source, which then has no rows; its neighbours keep theirs."""
+
+    def picky(x: int) -> int:
+        if x == 3:
+            raise ValueError("three")
+        return x
+
+    result = case.run([fan, picky], [2, 5, 3])
+    assert {0: [0, 1], 2: [0, 1, 2]} == rows(result)
+    failure = failed(result)[1]
+    assert ("s1/fan.3", "picky", "ValueError", "three") == (
+        failure.item,
+        failure.stage,
+        failure.kind,
+        failure.message,
+    )
+
+
+def test_failure_names_the_item_that_the_context_names(case: ChainCase) -> None:
+    """A failure's item id has a step for each stage passed, as ``ctx.item_id`` has."""
+    seen = []
+
+    def last(x: int, ctx: hr.Context) -> int:
+        seen.append(ctx.item_id)
+        raise ValueError(x)
+
+    result = case.run([fan, one, last], [1])
+    assert ["s0/fan.0/one.0"] == seen
+    assert seen == [failed(result)[0].item]
+
+
+@pytest.mark.parametrize("empty", [lambda _x: hr.Many(), lambda _x: (y for y in ())])
+def test_empty_fan_out_drops(case: ChainCase, empty: Any) -> None:
+    """An empty generator or Many drops the item, which is counted once."""
+    result = case.run([empty], [1])
+    assert ({0: []}, [(1, 0, 1, 0)]) == (rows(result), counters(result))
+
+
+def test_fan_out_of_none_only_is_a_drop(case: ChainCase) -> None:
+    """None among a generator's values is dropped, and numbers the others."""
+    result = case.run([lambda x: hr.Many([None, x, None])], [7])
+    assert ({0: [7]}, [(1,)], [(1, 1, 0, 0)]) == (rows(result), paths(result), counters(result))
+    result = case.run([lambda _x: hr.Many([None])], [7])
+    assert [(1, 0, 1, 0)] == counters(result)
+
+
+def test_list_is_one_value(case: ChainCase) -> None:
+    """A list is a value, not a fan-out."""
+    assert {0: [[1, 2]]} == rows(case.run([lambda _x: [1, 2]], [0]))
+
+
+def test_generator_that_raises_midway(case: ChainCase) -> None:
+    """What it gave before is not kept, and the failure is counted as nothing else."""
+
+    def broken(n: int) -> Iterator[int]:
+        yield from range(n)
+        raise KeyError("midway")
+
+    result = case.run([broken, one], [3])
+    assert ({}, "KeyError") == (rows(result), failed(result)[0].kind)
+    assert (1, 3, 0, 1) == counters(result)[0]
+
+
+def test_failed_inside_a_generator(case: ChainCase) -> None:
+    """``Failed`` among the values fails the source, with the reason and whether to retry."""
+
+    def give(_x: int) -> Iterator[Any]:
+        yield 1
+        yield hr.Failed("no good", retry=False)
+        raise AssertionError("drawn on after a failure")
+
+    failure = failed(case.run([give], [0]))[0]
+    assert ("Failed", "no good", False) == (failure.kind, failure.message, failure.retry)
+
+
+def test_generator_is_closed_when_its_source_fails(case: ChainCase) -> None:
+    """A generator's clean-up runs when the source has failed further on."""
+    closed = []
+
+    def give(_x: int) -> Iterator[int]:
+        try:
+            yield from range(10_000)
+        finally:
+            closed.append(True)
+
+    def fail(x: int) -> int:
+        raise ValueError(x)
+
+    result = case.run([give, fail], [0])
+    assert ([True], 1) == (closed, len(result.failures))
+    assert result.counts[0].items_out < 10_000
+
+
+@pytest.mark.parametrize("how", ["raise", "return", "yield", "many", "subclass"])
+def test_worker_broken_charges_nobody(case: ChainCase, how: str) -> None:
+    """However it is said, the call has no results and no failures, and the reason."""
+
+    class Dead(hr.WorkerBroken):
+        pass
+
+    def stage(_x: int) -> Any:
+        if how == "raise":
+            raise hr.WorkerBroken("server gone")
+        if how == "subclass":
+            return Dead("server gone")
+        if how == "many":
+            return hr.Many([1, hr.WorkerBroken("server gone")])
+        if how == "yield":
+            return (x for x in [hr.WorkerBroken("server gone")])
+        return hr.WorkerBroken("server gone")
+
+    result = case.run([one, stage], [1, 2])
+    assert ("server gone", None, []) == (result.broken, result.frame, result.failures)
+
+
+def test_failed_and_exceptions_leave_the_others(case: ChainCase) -> None:
+    """Each slot has its own outcome."""
+
+    def mixed(x: int) -> Any:
+        if x == 1:
+            return hr.Failed("bad")
+        if x == 2:
+            raise OSError("disk")
+        if x == 3:
+            sys.exit(4)
+        return x
+
+    result = case.run([mixed], [0, 1, 2, 3, 4])
+    assert {0: [0], 4: [4]} == rows(result)
+    kinds = {slot: (f.kind, f.retry) for slot, f in failed(result).items()}
+    assert {1: ("Failed", True), 2: ("OSError", True), 3: ("SystemExit", True)} == kinds
+
+
+def test_traceback_is_the_users(case: ChainCase) -> None:
+    """A traceback shows the stage's frames and those below it, none of the engine's."""
+
+    def outer(x: int) -> int:
+        return inner(x)
+
+    def inner(_x: int) -> int:
+        raise ValueError("deep")
+
+    trace = failed(case.run([outer], [0]))[0].traceback
+    assert "in outer" in trace
+    assert "in inner" in trace
+    assert "hpcresume/engine" not in trace
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (float("nan"), "nan"),
+        ({"x": [float("inf")]}, "inf"),
+        ({1, 2}, "set"),
+        (Path("x"), "PosixPath"),
+        ({1: 2}, "Dict key must be str"),
+    ],
+)
+def test_row_that_json_cannot_hold_fails_its_source(
+    case: ChainCase, value: Any, what: str
+) -> None:
+    """The failure is the last stage's and names what is wrong."""
+    result = case.run([lambda x: value if x else "fine"], [0, 1])
+    assert {0: ["fine"]} == rows(result)
+    failure = failed(result)[1]
+    assert ("RowError", "lambda", "s1/lambda.0") == (failure.kind, failure.stage, failure.item)
+    assert what in failure.message
+
+
+def test_rows_that_all_fail_make_no_success(case: ChainCase) -> None:
+    """A last stage whose rows cannot be encoded has not worked, so that it can be stopped."""
+    result = case.run([lambda _x: {1, 2}], [0, 1, 2])
+    assert [False] * 3 == [failure.after_success for failure in result.failures]
+    assert "lambda" not in result.worked
+
+
+def test_generator_that_always_raises_makes_no_success(case: ChainCase) -> None:
+    """A generator stage has worked only when it was drawn to its end."""
+
+    def bad(_x: int) -> Iterator[int]:
+        raise ValueError("at once")
+        yield 1
+
+    result = case.run([bad], [0, 1, 2])
+    assert [False] * 3 == [failure.after_success for failure in result.failures]
+    assert "bad" not in result.worked
+
+
+def test_success_between_failures_is_told(case: ChainCase) -> None:
+    """``after_success`` and ``worked`` say where a stage worked between failures."""
+
+    def picky(x: int) -> int:
+        if x < 0:
+            raise ValueError(x)
+        return x
+
+    result = case.run([picky, one], [-1, -1, 1, -1, 2])
+    assert [False, False, True] == [failure.after_success for failure in result.failures]
+    assert ["one", "picky", "sources"] == result.worked
+    result = case.run([picky, one], [1, -1])
+    assert "picky" not in result.worked
+
+
+def test_indexed_function_that_raises_fails_its_source(case: ChainCase) -> None:
+    """The stage is named ``sources``, and its successes are told."""
+    made = hr.indexed(3, lambda i: 1 // (i - 1))
+    chain = case.make([one], sources=made)
+    inputs = records([0, 0, 0])
+    inputs.records = None
+    result = call(chain, inputs)
+    assert ({0: [-1], 2: [1]}, "sources") == (rows(result), failed(result)[1].stage)
+    assert "sources" in result.worked
+
+
+def test_context_is_the_items(case: ChainCase) -> None:
+    """Ids, attempt and seed are those of the item; scratch is gone afterwards."""
+    scratch: list[Path] = []
+
+    def look(x: int, ctx: hr.Context) -> dict[str, Any]:
+        (ctx.scratch / "file").write_text("x")
+        scratch.append(ctx.scratch)
+        return {"x": x, "item": ctx.item_id, "try": ctx.attempt, "seed": ctx.seed}
+
+    first = rows(case.run([fan, look], [1, 2], attempts={1: 3}))
+    again = rows(case.run([fan, look], [1, 2], attempts={1: 4}))
+    assert [("s1/fan.0", 3), ("s1/fan.1", 3)] == [(r["item"], r["try"]) for r in first[1]]
+    seeds = [r["seed"] for r in first[0] + first[1]]
+    assert seeds == [r["seed"] for r in again[0] + again[1]]
+    assert 3 == len(set(seeds))
+    assert [False] * 6 == [path.exists() for path in scratch]
+
+
+def test_outputs_are_recorded_with_their_item(case: ChainCase) -> None:
+    """A file of ``ctx.output`` is known by slot, item path and name; a failed source has none."""
+
+    def save(x: int, ctx: hr.Context) -> int:
+        ctx.output("sub/a.txt").write_text(str(x))
+        if x == 1:
+            raise ValueError(x)
+        return x
+
+    result = case.run([fan, save], [1, 2])
+    assert {0: [((0,), "sub/a.txt")]} == result.files
+
+
+@pytest.mark.parametrize("make", ["nothing", "directory"])
+def test_output_that_is_not_written_fails_its_source(case: ChainCase, make: str) -> None:
+    """A source whose file is missing is not complete, and the reason names the file."""
+
+    def save(x: int, ctx: hr.Context) -> int:
+        path = ctx.output("a.txt")
+        if make == "directory":
+            path.mkdir()
+        return x
+
+    result = case.run([save], [0])
+    assert ({}, {}) == (rows(result), result.files)
+    assert "'a.txt'" in failed(result)[0].message
+
+
+class Doubler(hr.Stage):
+    """Doubles a batch; remembers the batches it saw."""
+
+    batch_size = 3
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def process_batch(self, batch: Sequence[int]) -> Sequence[Any]:
+        """Answer in slots."""
+        self.seen.append(list(batch))
+        return [x * 2 for x in batch]
+
+
+def test_batches_mix_sources(case: ChainCase) -> None:
+    """A batch takes the items of several sources, and slot i answers item i."""
+    stage = Doubler()
+    result = case.run([fan, stage], [2, 0, 3, 1])
+    assert [[0, 1, 0], [1, 2, 0]] == stage.seen
+    assert {0: [0, 2], 1: [], 2: [0, 2, 4], 3: [0]} == rows(result)
+
+
+class Answering(hr.Stage):
+    """Answers batches with a function."""
+
+    batch_size = 4
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def process_batch(self, batch: Sequence[Any]) -> Any:
+        """Answer in slots."""
+        return self.answer(batch)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (lambda b: b[:-1], "3 slots for 4 items"),
+        (lambda b: [*b, 1], "5 slots for 4 items"),
+        (lambda _b: None, "NoneType"),
+        (lambda _b: "abcd", "str"),
+        (lambda b: dict.fromkeys(b), "dict"),
+        (hr.Many, "Many"),
+        (iter, "iterator"),
+        (set, "set"),
+    ],
+)
+def test_batch_answered_wrongly_fails_all_and_guesses_nothing(
+    case: ChainCase, answer: Any, what: str
+) -> None:
+    """A wrong number of slots, or no slots at all, fails every item and names the stage."""
+    result = case.run([Answering(answer)], [1, 2, 3, 4])
+    assert {} == rows(result)
+    assert 4 == len(result.failures)
+    for failure in result.failures:
+        assert "'answering'" in failure.message
+        assert what in failure.message
+
+
+def test_batch_slots_may_be_anything(case: ChainCase) -> None:
+    """None, Many and Failed in a slot mean what they mean alone."""
+    result = case.run([Answering(lambda b: [None, hr.Many([1, 2]), hr.Failed("x"), b[3]])], [0] * 4)
+    assert {0: [], 1: [1, 2], 3: [0]} == rows(result)
+    assert ["x"] == [failure.message for failure in result.failures]
+
+
+@pytest.mark.parametrize("how", ["raise", "failed"])
+def test_batch_that_fails_as_a_whole_is_taken_singly(case: ChainCase, how: str) -> None:
+    """The guilty item fails alone; the others of its batch are answered."""
+
+    def answer(batch: Sequence[int]) -> Any:
+        if 3 in batch:
+            if how == "raise":
+                raise ValueError("three in it")
+            return hr.Failed("three in it")
+        return [x * 10 for x in batch]
+
+    result = case.run([Answering(answer)], [1, 2, 3, 4, 5])
+    assert {0: [10], 1: [20], 3: [40], 4: [50]} == rows(result)
+    assert {2: "three in it"} == {f.slot: f.message for f in result.failures}
+
+
+def test_batch_contexts_answer_by_slot(case: ChainCase) -> None:
+    """A batch stage with a second parameter gets one context per slot."""
+
+    class Contexts(hr.Stage):
+        batch_size = 8
+
+        def process_batch(self, batch: list[int], contexts: list[hr.Context]) -> list[Any]:
+            return [ctx.item_id for _, ctx in zip(batch, contexts, strict=True)]
+
+    assert {0: ["s0/fan.0"], 1: ["s1/fan.0", "s1/fan.1"]} == rows(
+        case.run([fan, Contexts()], [1, 2])
+    )
+
+
+def spin() -> None:
+    """Run Python code without an end."""
+    while True:
+        pass
+
+
+def test_timeout_interrupts_a_function(case: ChainCase) -> None:
+    """A stage that runs past its time is interrupted, and an ``except Exception`` is no help."""
+
+    @hr.stage(timeout_s=0.05)
+    def slow(x: int) -> int:
+        if x == 1:
+            try:
+                spin()
+            except Exception:  # noqa: BLE001  # as users write it
+                return 0
+        return x
+
+    result = case.run([slow], [0, 1, 2])
+    assert {0: [0], 2: [2]} == rows(result)
+    failure = failed(result)[1]
+    assert ("timeout", "stage 'slow' ran past its timeout_s=0.05") == (
+        failure.kind,
+        failure.message,
+    )
+    assert "in spin" in failure.traceback
+    assert "hpcresume/engine" not in failure.traceback
+
+
+def test_timeout_interrupts_a_generator(case: ChainCase) -> None:
+    """The time of a generator stage is that of all its values together."""
+
+    @hr.stage(timeout_s=0.05)
+    def slow(x: int) -> Iterator[int]:
+        yield 1
+        if x:
+            spin()
+
+    result = case.run([slow], [0, 1])
+    assert ({0: [1]}, "timeout") == (rows(result), failed(result)[1].kind)
+
+
+def test_timeout_interrupts_a_batch_and_finds_the_item(case: ChainCase) -> None:
+    """A batch that runs past its time is taken singly; the slow item alone fails."""
+
+    class Slow(hr.Stage):
+        batch_size = 3
+        timeout_s = 0.05
+
+        def process_batch(self, batch: list[int]) -> list[int]:
+            if 2 in batch:
+                spin()
+            return batch
+
+    result = case.run([Slow()], [1, 2, 3])
+    assert ({0: [1], 2: [3]}, "timeout") == (rows(result), failed(result)[1].kind)
+
+
+def test_spawned_server_that_died_breaks_the_worker(case: ChainCase) -> None:
+    """When a spawned process is dead, an exception is not the source's fault."""
+
+    class Client(hr.Stage):
+        def setup(self, worker: hr.Worker) -> None:
+            self.server = worker.spawn(["sleep", "1000"], ready=None)
+
+        def process(self, x: int) -> int:
+            if x:
+                self.server.kill()
+                self.server.wait()
+                raise ConnectionError("refused")
+            return x
+
+    chain = case.make([Client()])
+    chain.setup()
+    try:
+        result = call(chain, records([0, 1]))
+    finally:
+        chain.teardown()
+    assert [] == result.failures
+    assert "sleep 1000" in (result.broken or "")
+
+
+def test_setup_that_fails_takes_down_what_had_started(case: ChainCase) -> None:
+    """The error names the stage; stages before it are torn down and servers ended."""
+    events: list[str] = []
+
+    class First(hr.Stage):
+        def setup(self, worker: hr.Worker) -> None:
+            self.server = worker.spawn(["sleep", "1000"], ready=None)
+
+        def process(self, x: int) -> int:
+            return x
+
+        def teardown(self) -> None:
+            events.append("down")
+
+    class Second(First):
+        def setup(self, worker: hr.Worker) -> None:  # noqa: ARG002
+            sys.exit("no licence")
+
+    first = First()
+    with pytest.raises(StageStartError, match=r"'second' cannot start: SystemExit: no licence"):
+        case.make([first, Second()]).setup()
+    assert ["down"] == events
+    assert first.server.poll() is not None
+
+
+def test_teardown_that_raises_does_not_keep_the_others_up(case: ChainCase) -> None:
+    """Every stage is torn down, last first, whatever one of them raises."""
+    events: list[str] = []
+
+    class Noisy(hr.Stage):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def process(self, x: int) -> int:
+            return x
+
+        def teardown(self) -> None:
+            events.append(self.name)
+            raise ValueError(self.name)
+
+    chain = case.make([Noisy("a"), Noisy("b")])
+    chain.setup()
+    chain.teardown()
+    assert ["b", "a"] == events
+
+
+def test_item_that_cannot_travel_fails_its_source(case: ChainCase) -> None:
+    """Between groups an item that cannot be pickled fails its source, naming its type."""
+    chain = case.make([lambda x: threading.Lock() if x else x, one], count=1)
+    result = call(chain, records([0, 1]))
+    assert [0] == list(result.emitted)
+    failure = failed(result)[1]
+    assert "lock" in failure.message
+    assert "lambda" == failure.stage
+
+
+def test_closures_travel_between_groups(case: ChainCase) -> None:
+    """What plain pickle refuses travels by value."""
+    first = case.make([lambda x: lambda: x, one], count=1)
+    made = call(first, records([7])).emitted
+    last = case.make([one, lambda f: f()], first=1)
+    inputs = items([])
+    inputs.sources.append(0)
+    assert inputs.ids is not None
+    assert inputs.paths is not None
+    assert inputs.items is not None
+    inputs.ids.append("s0")
+    inputs.paths.append(made[0][0][0])
+    inputs.items.append(made[0][0][1])
+    assert {0: [((0, 0), b"7")]} == call(last, inputs).rows
+
+
+def test_later_group_keeps_paths(case: ChainCase) -> None:
+    """A later group's rows and failures carry the whole path."""
+
+    def picky(x: int) -> int:
+        if x == 2:
+            raise ValueError(x)
+        return x
+
+    last = case.make([fan, picky], first=1)
+    result = call(last, items([(5, (0,), 1), (5, (1,), 2), (6, (0,), 3)]))
+    assert {0: [((0, 0), b"1")], 2: [((0, 0), b"3")]} == result.rows
+    assert "s5/fan.1" == failed(result)[1].item
+
+
+def test_no_sink_keeps_no_rows(case: ChainCase) -> None:
+    """Without a sink a value needs not be JSON, and the source completes."""
+    result = case.run([lambda _x: {1, 2}], [0], sink=None)
+    assert ({0: []}, 1) == (rows(result), result.completed)
+
+
+def test_partial_and_closure_are_stages(case: ChainCase) -> None:
+    """Partials and closures work like functions."""
+    assert {0: [8]} == rows(case.run([functools.partial(pow, 2)], [3]))
+
+
+def test_marked_calls_name_the_source_while_it_runs(case: ChainCase, tmp_path: Path) -> None:
+    """In a marked call the mark says which source runs in which stage, and nothing after it."""
+    from hpcresume.engine.mark import Mark
+
+    mark, seen = Mark(str(tmp_path / "mark")), []
+
+    def look(x: int) -> int:
+        sight = mark.look()
+        seen.append((sight.source, sight.stage))
+        return x
+
+    result = case.run([one, look], [5, 6], mark=mark, marked=True)
+    assert [(0, 1), (1, 1)] == seen
+    assert (None, 2) == (mark.look().source, result.completed)
+
+
+def _peak_bytes(chain: Chain, n: int) -> int:
+    tracemalloc.start()
+    try:
+        call(chain, records([n]))
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_fan_out_of_many_items_stays_bounded(case: ChainCase) -> None:
+    """Items of a huge fan-out never lie in memory together."""
+
+    def fat(n: int) -> Iterator[bytes]:
+        for _ in range(n):
+            yield bytes(1000)
+
+    chain = case.make([fat, lambda data: None if len(data) == 1000 else data])
+    assert _peak_bytes(chain, 50_000) < 4 << 20

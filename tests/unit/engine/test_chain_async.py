@@ -1,0 +1,143 @@
+"""Async stages in a chain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hpcresume as hr
+from hpcresume.engine.mark import Mark
+from tests.unit.engine.chains import ChainCase, call, counters, failed, records, rows
+
+
+def test_items_run_side_by_side_up_to_the_limit(case: ChainCase) -> None:
+    """``max_concurrency`` items are in flight, not more, and answers keep their slots."""
+    running, most = 0, 0
+
+    @hr.stage(max_concurrency=4)
+    async def work(x: int) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001 * (5 - x % 5))
+        running -= 1
+        return x * 2
+
+    result = case.run([work], list(range(20)))
+    assert 4 == most
+    assert {i: [i * 2] for i in range(20)} == rows(result)
+
+
+def test_async_outcomes(case: ChainCase) -> None:
+    """Failures, drops, Failed and time-outs are each their own item's."""
+
+    @hr.stage(max_concurrency=8, timeout_s=0.05)
+    async def work(x: int, ctx: hr.Context) -> Any:
+        if x == 1:
+            raise ValueError("one")
+        if x == 2:
+            await asyncio.sleep(1000)
+        if x == 3:
+            return None
+        if x == 4:
+            return hr.Failed("four", retry=False)
+        return ctx.item_id
+
+    result = case.run([work], [0, 1, 2, 3, 4, 5])
+    assert {0: ["s0"], 3: [], 5: ["s5"]} == rows(result)
+    kinds = {slot: (f.kind, f.retry) for slot, f in failed(result).items()}
+    assert {1: ("ValueError", True), 2: ("timeout", True), 4: ("Failed", False)} == kinds
+    assert [(6, 2, 1, 3)] == counters(result)
+
+
+def test_cancellation_of_the_stages_own_is_a_failure(case: ChainCase) -> None:
+    """A stage that cancels a task of its own fails its item and nothing else."""
+
+    async def work(x: int) -> int:
+        if x:
+            task = asyncio.ensure_future(asyncio.sleep(10))
+            task.cancel()
+            await task
+        return x
+
+    result = case.run([work], [0, 1])
+    assert ({0: [0]}, "CancelledError") == (rows(result), failed(result)[1].kind)
+
+
+def test_async_generator_fans_out(case: ChainCase) -> None:
+    """An async generator fans out; one that raises fails its source."""
+
+    async def fan(n: int) -> AsyncIterator[int]:
+        for k in range(n):
+            await asyncio.sleep(0)
+            yield k
+        if n == 2:
+            raise ValueError("two")
+
+    result = case.run([fan], [1, 2, 0, 3])
+    assert {0: [0], 2: [], 3: [0, 1, 2]} == rows(result)
+    assert [1] == list(failed(result))
+
+
+def test_async_batch(case: ChainCase) -> None:
+    """An async batch answers by slot; one that raises as a whole is taken singly."""
+
+    class Batch(hr.Stage):
+        batch_size = 3
+
+        async def process_batch(self, batch: Sequence[int]) -> list[int]:
+            await asyncio.sleep(0)
+            if 4 in batch:
+                raise ValueError("four")
+            return [x * 2 for x in batch]
+
+    result = case.run([Batch()], [0, 1, 2, 3, 4, 5])
+    assert {0: [0], 1: [2], 2: [4], 3: [6], 5: [10]} == rows(result)
+    assert [4] == list(failed(result))
+
+
+def test_worker_broken_ends_the_call(case: ChainCase) -> None:
+    """The others in flight are cancelled and nobody is charged."""
+    cancelled = []
+
+    @hr.stage(max_concurrency=8)
+    async def work(x: int) -> int:
+        if x == 0:
+            raise hr.WorkerBroken("gone")
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            cancelled.append(x)
+            raise
+        return x
+
+    result = case.run([work], [0, 1, 2])
+    assert ("gone", []) == (result.broken, result.failures)
+    assert [1, 2] == cancelled
+
+
+def test_two_async_stages_are_fused(case: ChainCase) -> None:
+    """Items pass from one async stage to the next in one call."""
+
+    async def add(x: int) -> int:
+        return x + 1
+
+    assert {0: [3], 1: [4]} == rows(case.run([add, add], [1, 2]))
+
+
+def test_mark_has_the_earliest_deadline(case: ChainCase, tmp_path: Path) -> None:
+    """While items with a time limit run the driver sees the first deadline, and who, if alone."""
+    mark, seen = Mark(str(tmp_path / "mark")), []
+
+    @hr.stage(max_concurrency=2, timeout_s=50)
+    async def work(x: int) -> int:
+        await asyncio.sleep(0.002 * x)
+        seen.append(mark.look())
+        return x
+
+    call(case.make([work], mark=mark), records([1, 9]))
+    assert [None, 1] == [sight.source for sight in seen]
+    assert all(-50 < sight.overdue_s < -40 for sight in seen)
+    assert float("-inf") == mark.look().overdue_s
