@@ -21,6 +21,7 @@ import signal
 import threading
 import time
 import traceback
+from bisect import bisect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -225,7 +226,8 @@ class _Call:
         self._room = max(_DRAW_ITEMS, *(stage.batch_size for stage in chain.stages))
         self.counts = [StageCount(stage.name) for stage in chain.stages]
         self.failures: dict[int, SlotFailure] = {}
-        self.worked: set[str] = set()
+        # Slots that the sources (0) and each stage (from 1) worked for.
+        self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
         self.made: list[list[tuple[ItemPath, bytes]]] = [[] for _ in range(len(inputs))]
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
@@ -258,7 +260,7 @@ class _Call:
         if not self.marked or self._is_async:
             with contextlib.suppress(Exception):
                 items = self._read_all(slots)
-                self.worked.add(_SOURCES)
+                self.passed[0].append(slots)
                 return items
         return [self._read_one(slot) for slot in slots]
 
@@ -284,7 +286,7 @@ class _Call:
         finally:
             if mark is not None:
                 mark.clear()
-        self.worked.add(_SOURCES)
+        self.passed[0].append((slot,))
         return item
 
     def _input(self, slot: int) -> Any:
@@ -312,7 +314,7 @@ class _Call:
             answers = self._map(number, stage.process, items.items)
             if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, answers))):
                 self.counts[number].items_out += len(answers)
-                self._succeeded(number)
+                self._passed(number, items.slots)
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
                 return
             source = _with_positions(answers)
@@ -338,10 +340,10 @@ class _Call:
             return self._concurrent(number, items)
         return self._one_by_one(number, items)
 
-    def _succeeded(self, number: int) -> None:
-        """Note that a stage worked; the last one has only when its row is encoded."""
+    def _passed(self, number: int, slots: Sequence[int]) -> None:
+        """Note that a stage worked; the last one has only when its rows are encoded."""
         if not (self.chain.is_last and number == len(self.stages) - 1):
-            self.worked.add(self.stages[number].name)
+            self.passed[number + 1].append(slots)
 
     def _without_failed(self, items: _Items) -> _Items:
         kept = _Items()
@@ -365,10 +367,10 @@ class _Call:
             await self._fan_out(number, slot, path, answer, out)
         elif answer is None:
             count.dropped += 1
-            self.worked.add(stage.name)
+            self.passed[number + 1].append((slot,))
         else:
             count.items_out += 1
-            self._succeeded(number)
+            self._passed(number, (slot,))
             out.add(answer, slot, path)
 
     async def _fan_out(
@@ -402,9 +404,9 @@ class _Call:
             self._fail_at(number, slot, path, error)
         elif not made:
             count.dropped += 1
-            self.worked.add(stage.name)
+            self.passed[number + 1].append((slot,))
         else:
-            self._succeeded(number)
+            self._passed(number, (slot,))
         if isinstance(values, GeneratorType):
             # Its own clean-up is the user's code too.
             self._guarded(number, slot, values.close, timeout_s=left)
@@ -625,44 +627,32 @@ class _Call:
             self.place.on_error(error)
         item = item_id(self.inputs.source_id(slot), self.chain.names, path)
         self.failures[slot] = SlotFailure(
-            slot,
-            stage,
-            item,
-            *_reason(error, stage, self._timeout_of(stage)),
-            after_success=stage in self.worked,
+            slot, stage, item, *_reason(error, stage, self._timeout_of(stage))
         )
-        self.worked.discard(stage)
 
     def _timeout_of(self, stage: str) -> float | None:
         return next((s.timeout_s for s in self.stages if s.name == stage), None)
 
     def _emit(self, items: _Items) -> None:
         """Keep what the last stage of the group made, as rows or for the next group."""
-        name, failed = self.stages[-1].name, False
-        if self.chain.is_last and self.chain.pipeline.sink is None:
-            self.worked.add(name)
-            return
+        if self.chain.is_last:
+            # A slot that fails below is taken out again.
+            self.passed[-1].append(items.slots)
+            if self.chain.pipeline.sink is None:
+                return
         paths = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
-        encode = encode_row if self.chain.is_last else _pickled
+        encode, made = encode_row if self.chain.is_last else _pickled, self.made
         for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
             try:
-                row = encode(item)
+                made[slot].append((paths[path], encode(item)))
             except Exception as error:
-                self._fail(slot, name, paths[path], error)
+                self._fail(slot, self.stages[-1].name, paths[path], error)
                 self.counts[-1].failed += 1
-                failed = True
-            else:
-                self.made[slot].append((paths[path], row))
-                if failed:
-                    self.worked.add(name)
-                    failed = False
-        if not failed:
-            self.worked.add(name)
 
     def _finish(self, result: ChunkResult) -> None:
         self._check_files()
         result.failures = [self.failures[slot] for slot in sorted(self.failures)]
-        result.worked = sorted(self.worked)
+        result.worked = sorted(self._worked())
         good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
         result.files = {slot: self.files[slot] for slot in good if slot in self.files}
         if self.chain.is_first and self.chain.is_last:
@@ -671,6 +661,23 @@ class _Call:
             result.rows = {slot: self.made[slot] for slot in good}
         else:
             result.emitted = {slot: self.made[slot] for slot in good}
+
+    def _worked(self) -> list[str]:
+        """Set whether a stage worked between its failures; return those that did after them."""
+        names = [_SOURCES, *(stage.name for stage in self.stages)]
+        worked = []
+        for name, passed in zip(names, self.passed, strict=True):
+            failures = [self.failures[slot] for slot in sorted(self.failures)]
+            failures = [failure for failure in failures if failure.stage == name]
+            guilty = {failure.slot for failure in failures}
+            ok = sorted(set(itertools.chain(*passed)) - guilty) if guilty else ()
+            before = -1
+            for failure in failures:
+                failure.after_success = bisect(ok, failure.slot) > bisect(ok, before)
+                before = failure.slot
+            if bisect(ok, before) < len(ok) or (passed and not guilty):
+                worked.append(name)
+        return worked
 
     def _check_files(self) -> None:
         """Fail the sources whose files were asked for and not written."""

@@ -57,9 +57,7 @@ class ChainCase:
         end = len(pipeline.stages) if count is None else first + count
         return Chain(pipeline, first=first, stages=pipeline.stages[first:end], place=place)
 
-    def run(
-        self, stages: Sequence[Any], payloads: Sequence[Any], **options: Any
-    ) -> ChunkResult:
+    def run(self, stages: Sequence[Any], payloads: Sequence[Any], **options: Any) -> ChunkResult:
         """Run sources ``s0``, ``s1``, ... with these payloads through all stages."""
         marked = options.pop("marked", False)
         attempts = options.pop("attempts", {})
@@ -99,8 +97,7 @@ def rows(result: ChunkResult) -> dict[int, list[Any]]:
         return {}
     frame = decode_frame(result.frame, what="test")
     return {
-        index: [orjson.loads(line) for line in data.splitlines()]
-        for index, data in frame.sources()
+        index: [orjson.loads(line) for line in data.splitlines()] for index, data in frame.sources()
     }
 
 
@@ -118,5 +115,3 @@ def failed(result: ChunkResult) -> dict[int, SlotFailure]:
 def counters(result: ChunkResult) -> list[tuple[int, int, int, int]]:
     """Return in, out, dropped and failed of every stage."""
     return [(c.items_in, c.items_out, c.dropped, c.failed) for c in result.counts]
-
-

@@ -216,9 +216,7 @@ def test_traceback_is_the_users(case: ChainCase) -> None:
         ({1: 2}, "Dict key must be str"),
     ],
 )
-def test_row_that_json_cannot_hold_fails_its_source(
-    case: ChainCase, value: Any, what: str
-) -> None:
+def test_row_that_json_cannot_hold_fails_its_source(case: ChainCase, value: Any, what: str) -> None:
     """The failure is the last stage's and names what is wrong."""
     result = case.run([lambda x: value if x else "fine"], [0, 1])
     assert {0: ["fine"]} == rows(result)

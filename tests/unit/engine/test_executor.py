@@ -1,0 +1,627 @@
+"""What the executor decides: order, bounds, charges, stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyroaring import BitMap
+
+import hpcresume as hr
+from hpcresume.engine.calls import Inputs
+from hpcresume.engine.executor import Limits, StageBrokenError
+from hpcresume.engine.pool import WorkerRef
+from tests.unit.engine.pools import Bench, Death
+
+
+def one(x: Any) -> Any:
+    """Pass a value on."""
+    return x
+
+
+@hr.stage(workers=1, name="second")
+def second(x: Any) -> Any:
+    """Pass a value on, in a group of its own."""
+    return x
+
+
+def fan(n: int) -> Iterator[int]:
+    """Give 0 .. n - 1."""
+    yield from range(n)
+
+
+def killer(*sources: int, named: bool = False) -> Callable[[WorkerRef, Inputs, bool], Death | None]:
+    """Return a script in which a call with one of these sources kills its worker."""
+
+    def kills(_worker: WorkerRef, inputs: Inputs, marked: bool) -> Death | None:  # noqa: FBT001
+        guilty = [source for source in inputs.sources if source in sources]
+        if not guilty:
+            return None
+        return Death(guilty[0] if named and marked else None)
+
+    return kills
+
+
+def test_everything_completes_once(tmp_path: Path) -> None:
+    """Every source completes once with its rows, no mark stays, and the shard is settled."""
+    bench = Bench(tmp_path, [fan, one], [3, 0, 2], workers=2)
+    assert bench.run()
+    assert {0: [0, 1, 2], 1: [], 2: [0, 1]} == bench.outcomes.rows
+    assert ({}, 3, 0) == (bench.outcomes.open, bench.executor.completed, bench.executor.in_flight)
+
+
+def test_deepest_first_and_bounded(tmp_path: Path) -> None:
+    """Sources are held back while much waits between groups."""
+    most = 0
+    bench = Bench(tmp_path, [fan, second], [10] * 50, limits=Limits(waiting_max=20, chunk_max=4))
+
+    def tick() -> bool:
+        nonlocal most
+        most = max(most, bench.executor._groups[1].waiting)
+        return True
+
+    assert bench.run(tick)
+    # A call that is under way when the bound is reached may still add what it makes.
+    assert 0 < most <= 20 + 2 * 4 * 10
+    assert {i: list(range(10)) for i in range(50)} == bench.outcomes.rows
+
+
+def test_waiting_bytes_are_bounded(tmp_path: Path) -> None:
+    """Few but large items hold sources back as many small ones do."""
+    most = 0
+    limits = Limits(waiting_max_bytes=50_000, chunk_max=1)
+    bench = Bench(tmp_path, [lambda _x: "x" * 10_000, second], [0] * 40, limits=limits)
+
+    def tick() -> bool:
+        nonlocal most
+        most = max(most, bench.executor._groups[1].waiting_bytes)
+        return True
+
+    assert bench.run(tick)
+    assert most <= 80_000
+    assert 0 == bench.executor._groups[1].waiting_bytes
+
+
+@pytest.mark.parametrize(("per_item", "largest"), [(1e-5, 1000), (1e-7, 4096), (0.02, 1)])
+def test_calls_are_sized_by_time(tmp_path: Path, per_item: float, largest: int) -> None:
+    """A call holds about 10 ms of work: slow items go one by one, quick ones by thousands."""
+    bench = Bench(
+        tmp_path, [one], [0] * 40_000 if largest > 1 else [0] * 40, seconds_per_item=per_item
+    )
+    assert bench.run()
+    assert 1 == bench.sizes()[0]
+    assert largest == max(bench.sizes())
+
+
+def test_batches_are_full(tmp_path: Path) -> None:
+    """A call has at least a batch where there is one, however slow the items are."""
+
+    class Batch(hr.Stage):
+        batch_size = 8
+        workers = 1
+
+        def process_batch(self, batch: list[int]) -> list[int]:
+            return batch
+
+    bench = Bench(tmp_path, [one, Batch()], [0] * 100, seconds_per_item=1.0)
+    assert bench.run()
+    assert max(bench.sizes(1)) == 8
+    bench = Bench(tmp_path, [Batch()], [0] * 100, seconds_per_item=1.0)
+    assert bench.run()
+    assert [8] * 12 + [4] == bench.sizes()
+
+
+def test_items_of_a_fan_out_travel_many_at_once(tmp_path: Path) -> None:
+    """What one source fans out to is not sent on item by item when the feed is empty."""
+    bench = Bench(tmp_path, [fan, second], [20_000], seconds_per_item=1e-6)
+    assert bench.run()
+    assert list(range(20_000)) == bench.outcomes.rows[0]
+    assert len(bench.sizes(1)) < 60
+
+
+def test_slow_items_go_to_idle_workers(tmp_path: Path) -> None:
+    """No source waits behind a slow one while another worker has nothing to do."""
+    bench = Bench(tmp_path, [one], [0] * 4, workers=4, seconds_per_item=3600)
+    bench.executor.start()
+    seen = 0
+
+    def tick() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen < 3
+
+    assert not bench.executor.run(tick, tick_s=0)
+    assert [0, 1, 2, 3] == [s.worker.index for s in bench.pool.log][:4]
+
+
+def test_retries_come_at_the_end_of_the_shard(tmp_path: Path) -> None:
+    """A failed source is tried again when all others had their turn, up to its attempts."""
+    tries: list[int] = []
+
+    def picky(x: int, ctx: hr.Context) -> int:
+        if x == 1:
+            tries.append(ctx.attempt)
+            raise ValueError("always")
+        return x
+
+    bench = Bench(tmp_path, [picky], [0, 1, 2, 3], limits=Limits(max_attempts=3))
+    assert bench.run()
+    assert [1, 2, 3] == tries
+    assert [(1, n, "ValueError") for n in (1, 2, 3)] == bench.outcomes.charged()
+    assert {0: [0], 2: [2], 3: [3]} == bench.outcomes.rows
+    last = [s.sources for s in bench.pool.log][-2:]
+    assert [[1], [1]] == last
+    assert (1, 0) == (bench.executor.quarantined, bench.executor.failing)
+
+
+def test_retry_that_succeeds_completes(tmp_path: Path) -> None:
+    """A source that fails once completes with the rows of the try that worked, and no others."""
+
+    def first(x: int) -> Iterator[int]:
+        yield from range(x)
+
+    @hr.stage(workers=1)
+    def flaky(k: int, ctx: hr.Context) -> list[int]:
+        if k == 2 and ctx.source_id == "s1" and ctx.attempt == 1:
+            raise ValueError("once")
+        return [k, ctx.attempt]
+
+    for chunk_max in (1, 100):
+        bench = Bench(tmp_path, [first, flaky], [3, 6, 2], limits=Limits(chunk_max=chunk_max))
+        assert bench.run()
+        assert [[k, 2] for k in range(6)] == bench.outcomes.rows[1]
+        assert [[k, 1] for k in range(3)] == bench.outcomes.rows[0]
+        assert [(1, 1, "ValueError")] == bench.outcomes.charged()
+
+
+def test_items_of_a_failed_source_are_not_worked_on(tmp_path: Path) -> None:
+    """What a failed try still has waiting between groups is dropped."""
+    worked: list[int] = []
+
+    @hr.stage(workers=1)
+    def fail(k: int) -> int:
+        worked.append(k)
+        raise ValueError(k)
+
+    bench = Bench(tmp_path, [fan, fail], [1000], limits=Limits(max_attempts=1, chunk_max=10))
+    assert bench.run()
+    assert len(worked) <= 20
+    assert [(0, 1, "ValueError")] == bench.outcomes.charged()
+
+
+def test_attempts_go_on_from_the_plan(tmp_path: Path) -> None:
+    """Tries are numbered after those of earlier rounds, and counted with them."""
+
+    def fail(x: int) -> int:
+        raise ValueError(x)
+
+    bench = Bench(tmp_path, [fail], [0, 1], attempts={1: 2}, limits=Limits(max_attempts=3))
+    assert bench.run()
+    assert [(1, 3), (0, 1), (0, 2), (0, 3)] == [(s, n) for s, n, _ in bench.outcomes.charged()]
+
+
+def test_no_retry_quarantines_at_once(tmp_path: Path) -> None:
+    """``Failed(retry=False)`` is charged once and for good."""
+    bench = Bench(tmp_path, [lambda _x: hr.Failed("never", retry=False)], [0])
+    assert bench.run()
+    assert [(0, 1, "Failed")] == bench.outcomes.charged()
+    assert 1 == bench.executor.quarantined
+
+
+def _failing_from(start: int, error: Callable[[int], Exception] = ValueError) -> Any:
+    def stage(x: int) -> int:
+        if x >= start:
+            raise error(x)
+        return x
+
+    return stage
+
+
+def test_fifty_like_failures_stop_and_charge_nobody(tmp_path: Path) -> None:
+    """A stage that fails 50 sources in a row is broken; what completed before is kept."""
+    bench = Bench(tmp_path, [one, _failing_from(60)], list(range(200)))
+    with pytest.raises(StageBrokenError, match=r"'stage' failed 50 consecutive sources") as caught:
+        bench.run()
+    assert ("stage-broken", "stage") == (caught.value.fields["kind"], caught.value.fields["stage"])
+    assert [] == bench.outcomes.failures
+    assert {i: [i] for i in range(60)} == bench.outcomes.rows
+
+
+def test_fifty_like_failures_of_generators_rows_and_sources(tmp_path: Path) -> None:
+    """The stop holds for generators that raise and for rows that cannot be encoded."""
+
+    def bad(_x: int) -> Iterator[int]:
+        raise ValueError("at once")
+        yield 1
+
+    for stage in (bad, lambda _x: {1, 2}):
+        bench = Bench(tmp_path, [stage], [0] * 60)
+        with pytest.raises(StageBrokenError):
+            bench.run()
+        assert [] == bench.outcomes.failures
+
+
+def test_fifty_deaths_in_a_row_stop(tmp_path: Path) -> None:
+    """Where every source kills its worker, the stage is what is broken."""
+
+    def kills(_worker: WorkerRef, inputs: Inputs, marked: bool) -> Death | None:  # noqa: FBT001
+        return Death(inputs.sources[0] if marked else None)
+
+    bench = Bench(tmp_path, [one], [0] * 60, kills=kills)
+    with pytest.raises(StageBrokenError, match="50 consecutive sources with death"):
+        bench.run()
+    assert [] == bench.outcomes.failures
+
+
+def test_fewer_like_failures_are_charged_at_the_end(tmp_path: Path) -> None:
+    """49 failures in a row and nothing after them are the sources' own."""
+    bench = Bench(tmp_path, [_failing_from(1)], list(range(50)), limits=Limits(max_attempts=1))
+    assert bench.run()
+    assert 49 == len(bench.outcomes.failures) == bench.executor.quarantined
+
+
+@pytest.mark.parametrize("what", ["success", "kind"])
+def test_streak_ends_with_a_success_or_another_kind(tmp_path: Path, what: str) -> None:
+    """40 failures, something else, 40 failures are no broken stage."""
+
+    def stage(x: int) -> int:
+        if x == 40:
+            if what == "kind":
+                raise KeyError(x)
+            return x
+        raise ValueError(x)
+
+    bench = Bench(tmp_path, [stage], list(range(81)), limits=Limits(max_attempts=1))
+    assert bench.run()
+    assert 80 + (what == "kind") == len(bench.outcomes.failures)
+
+
+def test_streaks_are_of_one_stage(tmp_path: Path) -> None:
+    """Failures of two stages, 30 each, are two streaks."""
+
+    def first(x: int) -> int:
+        if x % 2:
+            raise ValueError(x)
+        return x
+
+    bench = Bench(
+        tmp_path, [first, _failing_from(0)], list(range(60)), limits=Limits(max_attempts=1)
+    )
+    assert bench.run()
+    assert 60 == len(bench.outcomes.failures)
+
+
+def test_sources_that_failed_before_make_no_streak(tmp_path: Path) -> None:
+    """Second tries never stop a stage."""
+    bench = Bench(tmp_path, [_failing_from(0)], [0] * 60, attempts=dict.fromkeys(range(60), 1))
+    assert bench.run()
+    assert 60 == bench.executor.quarantined
+
+
+def test_scattered_failures_of_the_sources_function(tmp_path: Path) -> None:
+    """One failure in three among successes is never a broken stage, whatever its stage."""
+
+    def stage(x: int) -> int:
+        if x % 3 == 0:
+            raise ValueError(x)
+        return x
+
+    for chunk_max in (1, 7, 4096):
+        limits = Limits(max_attempts=1, chunk_max=chunk_max)
+        bench = Bench(tmp_path, [stage], list(range(300)), limits=limits)
+        assert bench.run()
+        assert 100 == bench.executor.quarantined
+
+
+def test_hold_admits_nothing_and_ends_nothing(tmp_path: Path) -> None:
+    """While held no source is admitted, nor tried again; released, everything is done."""
+    bench = Bench(tmp_path, [one], [0] * 10)
+    bench.executor.hold(True)
+    ticks = 0
+
+    def tick() -> bool:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 5:
+            assert [] == bench.pool.log
+            bench.executor.hold(False)
+        return True
+
+    assert bench.run(tick)
+    assert 10 == bench.executor.completed
+
+
+def test_stop_drains_what_is_in_flight(tmp_path: Path) -> None:
+    """After a stop nothing is admitted, what is between groups is finished, the rest is left."""
+    bench = Bench(tmp_path, [fan, second], [5] * 100, limits=Limits(chunk_max=4, waiting_max=20))
+
+    def tick() -> bool:
+        if bench.executor.completed:
+            bench.executor.stop()
+        return True
+
+    assert not bench.run(tick)
+    taken = bench.feed.at
+    assert 0 < taken < 100
+    assert taken == bench.executor.completed == len(bench.outcomes.rows)
+    assert {} == bench.outcomes.open
+
+
+def test_stop_starts_no_retries(tmp_path: Path) -> None:
+    """Sources that wait for another try are left for the next attempt."""
+    bench = Bench(tmp_path, [_failing_from(0)], [0] * 40, limits=Limits(chunk_max=1))
+
+    def tick() -> bool:
+        if bench.outcomes.failures:
+            bench.executor.stop()
+        return True
+
+    assert not bench.run(tick)
+    assert {1} == {attempt for _, attempt, _ in bench.outcomes.charged()}
+    assert 40 == bench.executor.failing
+
+
+def test_stop_when_everything_is_done_is_settled(tmp_path: Path) -> None:
+    """A stop that comes after the last source is no unfinished shard."""
+    bench = Bench(tmp_path, [one], [0])
+
+    def tick() -> bool:
+        if bench.executor.completed:
+            bench.executor.stop()
+        return True
+
+    assert bench.run(tick)
+
+
+def test_tick_ends_the_run(tmp_path: Path) -> None:
+    """A false tick ends the run at once."""
+    bench = Bench(tmp_path, [one], [0] * 5)
+    assert not bench.run(lambda: False)
+    assert [] == bench.pool.log
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killer_is_found_and_no_other_charged(tmp_path: Path, *, named: bool, workers: int) -> None:
+    """A source that kills its worker is charged each of its attempts; all others complete."""
+    bench = Bench(
+        tmp_path, [one], list(range(500)), workers=workers, kills=killer(137, named=named)
+    )
+    assert bench.run()
+    assert [(137, n, "death") for n in (1, 2, 3)] == bench.outcomes.charged()
+    assert set(range(500)) - {137} == bench.outcomes.rows.keys()
+    assert {} == bench.outcomes.open
+
+
+def test_death_charges_only_alone(tmp_path: Path) -> None:
+    """A single death, from outside, charges nobody: not even of a call of one source."""
+    for size in (1, 64):
+        deaths = iter([Death()])
+        bench = Bench(
+            tmp_path,
+            [one],
+            list(range(200)),
+            limits=Limits(chunk_max=size),
+            kills=lambda _w, i, _m, d=deaths: next(d, None) if 150 in i.sources else None,
+        )
+        assert bench.run()
+        assert [] == bench.outcomes.failures
+        assert 200 == len(bench.outcomes.rows)
+
+
+def test_suspects_run_isolated_and_marked(tmp_path: Path) -> None:
+    """After a death its call is run again in halves, marked, with nothing queued behind."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        list(range(400)),
+        seconds_per_item=1e-4,
+        kills=killer(50),
+        limits=Limits(max_attempts=1),
+    )
+    assert bench.run()
+    guilty = [s for s in bench.pool.log if 50 in s.sources]
+    assert [False] + [True] * (len(guilty) - 1) == [s.marked for s in guilty]
+    sizes = [len(s.sources) for s in guilty]
+    assert sizes == sorted(sizes, reverse=True)
+    assert 1 == sizes[-1]
+    assert all(s.beside == 0 for s in guilty[1:])
+
+
+def test_queued_call_is_never_suspect(tmp_path: Path) -> None:
+    """The call that waited behind the one that died is run again as it was."""
+    bench = Bench(tmp_path, [one], list(range(300)), seconds_per_item=1e-4, kills=killer(200))
+    assert bench.run()
+    guilty = next(s for s in bench.pool.log if 200 in s.sources)
+    behind = next(s for s in bench.pool.log if s.call > guilty.call and s.worker == guilty.worker)
+    again = [s for s in bench.pool.log if s.sources == behind.sources]
+    assert 2 == len(again)
+    innocent = set(range(300)) - set(guilty.sources)
+    isolated = [s for s in bench.pool.log if s.marked]
+    assert not innocent & {x for s in isolated for x in s.sources}
+
+
+def test_named_source_is_run_alone(tmp_path: Path) -> None:
+    """A mark that names the source spares the halves: it is alone in the next call but one."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        list(range(100)),
+        seconds_per_item=1e-3,
+        kills=lambda _w, i, _m: Death(70) if 70 in i.sources else None,
+        limits=Limits(max_attempts=1),
+    )
+    assert bench.run()
+    assert [[70]] == [s.sources for s in bench.pool.log if 70 in s.sources][1:]
+    assert [(70, 1, "death")] == bench.outcomes.charged()
+
+
+def test_mark_that_lies_costs_only_time(tmp_path: Path) -> None:
+    """When the named source is innocent, the rest is halved until the guilty one is found."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        list(range(64)),
+        kills=lambda _w, i, _m: Death(i.sources[0]) if 40 in i.sources else None,
+        limits=Limits(max_attempts=1),
+    )
+    assert bench.run()
+    assert [(40, 1, "death")] == bench.outcomes.charged()
+
+
+def test_overdue_source_is_charged_at_once(tmp_path: Path) -> None:
+    """A worker killed for a source's time limit charges that source; the rest goes on."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        list(range(50)),
+        kills=lambda _w, i, _m: Death(20, overdue=True) if 20 in i.sources else None,
+        limits=Limits(max_attempts=2),
+    )
+    assert bench.run()
+    assert [(20, 1, "timeout"), (20, 2, "timeout")] == bench.outcomes.charged()
+    assert set(range(50)) - {20} == bench.outcomes.rows.keys()
+
+
+def test_overdue_batch_is_a_timeout_when_alone(tmp_path: Path) -> None:
+    """Where the mark knows no source, the one that is overdue alone is charged a time-out."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        list(range(20)),
+        kills=lambda _w, i, _m: Death(None, overdue=True) if 7 in i.sources else None,
+        limits=Limits(max_attempts=1),
+    )
+    assert bench.run()
+    assert [(7, 1, "timeout")] == bench.outcomes.charged()
+
+
+def test_death_in_a_later_group(tmp_path: Path) -> None:
+    """An item that kills a later group's worker charges its source, named by its item id."""
+    bench = Bench(
+        tmp_path,
+        [fan, second],
+        [3, 5, 2],
+        kills=lambda w, i, _m: (
+            Death()
+            if w.group == 1
+            and any((s, p) == (1, (4,)) for s, p in zip(i.sources, i.paths or [], strict=False))
+            else None
+        ),
+        limits=Limits(max_attempts=1),
+    )
+    assert bench.run()
+    assert [(1, 1, "death")] == bench.outcomes.charged()
+    assert "s1/fan.4" == bench.outcomes.failures[0].item
+    assert {0: [0, 1, 2], 2: [0, 1]} == bench.outcomes.rows
+
+
+def test_suspects_of_a_driver_death_run_exclusively(tmp_path: Path) -> None:
+    """They come first, in halves, while nothing else runs in any group; then the others."""
+    suspects = BitMap([2, 3, 5])
+    bench = Bench(tmp_path, [fan, second], [2] * 8, workers=3, suspects=[suspects])
+    assert bench.run()
+    assert set(range(8)) == bench.outcomes.rows.keys()
+    exclusive = [s for s in bench.pool.log if set(s.sources) <= set(suspects)]
+    assert exclusive == bench.pool.log[: len(exclusive)]
+    assert [0] * len(exclusive) == [s.beside for s in exclusive]
+    assert [[2], [3, 5]] == [s.sources for s in exclusive if s.worker.group == 0]
+    # In every group a call says so when its source is the only one anywhere.
+    assert {2} == {source for sources in bench.outcomes.alone for source in sources}
+
+
+def test_worker_that_cannot_start_stops_the_stage(tmp_path: Path) -> None:
+    """Three starts without work, and the stage is broken; nobody is charged."""
+    bench = Bench(tmp_path, [one], [0] * 9, workers=2, fails_to_start=lambda _w: "no GPU")
+    with pytest.raises(StageBrokenError, match="no GPU") as caught:
+        bench.run()
+    assert "stage-start" == caught.value.fields["kind"]
+    assert [] == bench.outcomes.failures
+    assert 3 == max(ref.start for ref in bench.pool.starts)
+
+
+def test_one_bad_worker_is_given_up(tmp_path: Path) -> None:
+    """A worker that never starts is left out while others of its stage work."""
+    bench = Bench(
+        tmp_path,
+        [one],
+        [0] * 50,
+        workers=2,
+        fails_to_start=lambda w: "bad card" if w.index else None,
+    )
+    assert bench.run()
+    assert 50 == bench.executor.completed
+    assert 3 == len([ref for ref in bench.pool.starts if ref.index == 1])
+
+
+def test_broken_worker_is_replaced_and_charges_nobody(tmp_path: Path) -> None:
+    """``WorkerBroken`` runs the call and those behind it again in a new worker."""
+    calls = []
+
+    def stage(x: int) -> Any:
+        calls.append(x)
+        return hr.WorkerBroken("server gone") if len(calls) == 30 else x
+
+    bench = Bench(tmp_path, [stage], list(range(60)), seconds_per_item=1e-4)
+    assert bench.run()
+    assert ([], 60) == (bench.outcomes.failures, bench.executor.completed)
+    assert [WorkerRef(0, 0, 1)] == bench.pool.retired
+    assert {} == bench.outcomes.open
+
+
+def test_always_broken_worker_stops(tmp_path: Path) -> None:
+    """Broken three times without a source done in between, the stage cannot start."""
+    bench = Bench(tmp_path, [lambda _x: hr.WorkerBroken("server gone")], [0] * 9)
+    with pytest.raises(StageBrokenError, match="server gone") as caught:
+        bench.run()
+    assert "stage-start" == caught.value.fields["kind"]
+    assert [] == bench.outcomes.failures
+
+
+def test_counters_add_up(tmp_path: Path) -> None:
+    """Every stage's counters are the sums over its calls; a death counts as failed."""
+    bench = Bench(
+        tmp_path,
+        [one, second],
+        list(range(30)),
+        kills=killer(4),
+        limits=Limits(max_attempts=1, chunk_max=5),
+    )
+    assert bench.run()
+    first, last = bench.executor.counts()
+    assert ("one", 29, 29) == (first.name, first.items_in, first.items_out)
+    assert ("second", 29, 29, 0) == (last.name, last.items_in, last.items_out, last.failed)
+
+
+def test_async_group_keeps_its_concurrency_filled(tmp_path: Path) -> None:
+    """Slow async items are in flight side by side up to the stage's concurrency and half more."""
+
+    @hr.stage(max_concurrency=8)
+    async def work(x: int) -> int:
+        return x
+
+    bench = Bench(tmp_path, [work], list(range(40)), seconds_per_item=1.0)
+    assert bench.run()
+    assert 12 == max(s.beside for s in bench.pool.log)
+
+
+def test_death_of_an_async_worker_suspects_all_it_held(tmp_path: Path) -> None:
+    """The guilty one of many in flight is found alone; the others complete."""
+
+    @hr.stage(max_concurrency=8)
+    async def work(x: int) -> int:
+        return x
+
+    bench = Bench(
+        tmp_path,
+        [work],
+        list(range(40)),
+        seconds_per_item=1.0,
+        kills=killer(11),
+        limits=Limits(max_attempts=2),
+    )
+    assert bench.run()
+    assert [(11, 1, "death"), (11, 2, "death")] == bench.outcomes.charged()
+    assert set(range(40)) - {11} == bench.outcomes.rows.keys()
