@@ -316,7 +316,15 @@ def _submit(ready: Ready) -> Step:
         verb = "already at work" if step.state == "running" else "submitted"
         tasks = human_count(step.job.tasks, "task")
         say(f"array          {step.job.array} {verb}: {tasks} of {', '.join(asks)}", err=True)
-        say(f"merge          {step.job.merge}, and {step.job.twin} if that one dies", err=True)
+        if step.job.merge:
+            say(f"merge          {step.job.merge}, and {step.job.twin} if that one dies", err=True)
+        else:
+            path = _shown(ready.prepared.run.path)
+            say(
+                "jobs may not submit jobs at this site; what goes on from round to round is",
+                err=True,
+            )
+            say(f"  hpcresume drive {path}", err=True)
     return step
 
 

@@ -314,7 +314,7 @@ class _Call:
             answers = self._map(number, stage.process, items.items)
             if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, answers))):
                 self.counts[number].items_out += len(answers)
-                self._passed(number, items.slots)
+                self._note_passed(number, items.slots)
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
                 return
             source = _with_positions(answers)
@@ -340,7 +340,7 @@ class _Call:
             return self._concurrent(number, items)
         return self._one_by_one(number, items)
 
-    def _passed(self, number: int, slots: Sequence[int]) -> None:
+    def _note_passed(self, number: int, slots: Sequence[int]) -> None:
         """Note that a stage worked; the last one has only when its rows are encoded."""
         if not (self.chain.is_last and number == len(self.stages) - 1):
             self.passed[number + 1].append(slots)
@@ -355,8 +355,7 @@ class _Call:
     async def _take(
         self, number: int, items: _Items, position: int, answer: Any, out: _Items
     ) -> None:
-        slot, path = items.slots[position], items.paths[position]
-        stage, count = self.stages[number], self.counts[number]
+        slot, path, count = items.slots[position], items.paths[position], self.counts[number]
         if isinstance(answer, WorkerBroken):
             raise answer
         if isinstance(answer, (_Raised, Failed)):
@@ -370,7 +369,7 @@ class _Call:
             self.passed[number + 1].append((slot,))
         else:
             count.items_out += 1
-            self._passed(number, (slot,))
+            self._note_passed(number, (slot,))
             out.add(answer, slot, path)
 
     async def _fan_out(
@@ -406,7 +405,7 @@ class _Call:
             count.dropped += 1
             self.passed[number + 1].append((slot,))
         else:
-            self._passed(number, (slot,))
+            self._note_passed(number, (slot,))
         if isinstance(values, GeneratorType):
             # Its own clean-up is the user's code too.
             self._guarded(number, slot, values.close, timeout_s=left)

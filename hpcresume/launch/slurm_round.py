@@ -75,6 +75,8 @@ def active_jobs(run: RunDir, round_: int) -> list[slurm.QueueEntry]:
 def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
     """Submit a round's array and merge jobs, or take up what was submitted before.
 
+    Where jobs may not submit jobs there is no merge job: `hpcresume drive` does its work.
+
     Raises:
         SlurmUnreachableError: The controller does not answer.  Submitting again is safe.
         SlurmRefusedError: Slurm refused a job.
@@ -92,8 +94,10 @@ def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
                 "Run the same command again: it looks for the array before submitting another.",
                 **error.fields,
             ) from error
-    merge = _follow(run, plan, resolved, "afterany:" + ":".join(jobs))
-    twin = _follow(run, plan, resolved, f"afternotok:{merge}", twin=True)
+    merge = twin = ""
+    if resolved.settings.site.submit_from_compute:
+        merge = _follow(run, plan, resolved, "afterany:" + ":".join(jobs))
+        twin = _follow(run, plan, resolved, f"afternotok:{merge}", twin=True)
     record = JobRecord(
         cluster="slurm",
         array=",".join(jobs),

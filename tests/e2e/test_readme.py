@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+
+from hpcresume.cli import COMMANDS
 from tests.support.places import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CI_RUN = REPOSITORY / ".ci" / "run"
 
 
-def blocks(language: str) -> list[str]:
-    """Return the text of the README's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, *, section: str = "") -> list[str]:
+    """Return the code blocks in a language, of one section or of the whole README."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0] if section else README
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user would type it, with ``hpcresume`` as it is installed here."""
+    command = f'hpcresume() {{ "{sys.executable}" -m hpcresume "$@"; }}\n{script}'
+    env = {
+        **os.environ,
+        "HPCRESUME_TASK__LOCAL_DIR": str(directory),
+        # The words are those of a machine without Slurm.
+        "PATH": "/bin" if not os.path.exists("/bin/sbatch") else str(tools(directory)),
+    }
+    return subprocess.run(
+        ["/bin/bash", "-c", command],
+        cwd=directory,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def tools(directory: Path) -> Path:
+    """Return a directory for PATH that holds what the README's scripts use, and no sbatch."""
+    made = directory / "bin"
+    if not made.exists():
+        made.mkdir()
+        for name in ("mkdir", "cat"):
+            (made / name).symlink_to(f"/bin/{name}")
+    return made
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
@@ -24,3 +61,68 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     assert 1 == len(in_readme)
     assert in_readme[0] in CI_RUN.read_text(encoding="utf-8").splitlines()
     assert os.access(CI_RUN, os.X_OK)
+
+
+@pytest.mark.ray
+def test_first_pipeline(tmp_path: Path) -> None:
+    """Every step of the first pipeline works, and the result is the one that is shown."""
+    (pipeline,) = blocks("python", section="A first pipeline")
+    first, repaired = blocks("sh", section="A first pipeline")
+    (shown,) = blocks("json", section="A first pipeline")
+    (tmp_path / "sentences.py").write_text(pipeline)
+
+    ended = shell(first, tmp_path)
+    assert 1 == ended.returncode, ended.stderr
+    assert "incomplete" in ended.stderr
+    assert "2 completed, 1 quarantined" in ended.stderr
+    ended = shell(f"set -e\n{repaired}", tmp_path)
+    assert 0 == ended.returncode, ended.stderr
+    assert "c.txt: quarantined after 3 attempts, stage read" in ended.stdout
+    assert "3: 0 new, 2 done, 1 left" in ended.stderr
+    assert shown == (tmp_path / "sentences.jsonl").read_text()
+
+
+def test_python_blocks_compile() -> None:
+    """Every Python block is Python."""
+    found = blocks("python")
+
+    assert found
+    for block in found:
+        compile(block, "README.md", "exec")
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """The table of commands holds every command there is, and no other."""
+    table = README.partition("\n## Commands\n")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE))
+
+    assert set(COMMANDS) == documented
+
+
+def test_the_site_of_the_readme_renders(tmp_path: Path) -> None:
+    """The site's settings and its template are taken, and end in the batch script."""
+    site = tmp_path / "sites" / "ours"
+    site.mkdir(parents=True)
+    (toml,) = blocks("toml")
+    (template,) = blocks("jinja")
+    (site / "site.toml").write_text(toml)
+    (site / "job.sh.j2").write_text(template)
+    (tmp_path / "p.py").write_text(blocks("python", section="A first pipeline")[0])
+    (tmp_path / "texts").mkdir()
+    script = "export HPCRESUME_SITE_PATH=sites\nhpcresume render p.py --site ours -A physics"
+
+    ended = shell(script, tmp_path)
+
+    assert 0 == ended.returncode, ended.stderr
+    assert "source /opt/site/profile.sh" in ended.stdout.splitlines()
+    assert "module load python/3.12" in ended.stdout.splitlines()
+    assert "#SBATCH --partition=batch" in ended.stdout.splitlines()
+    assert "#SBATCH --account=physics" in ended.stdout.splitlines()
+
+
+def test_files_that_are_named_exist() -> None:
+    """Every test that the README points to is there."""
+    named = set(re.findall(r"`(tests/[\w/.]+)`", README))
+
+    assert named
+    assert [] == [name for name in named if not (REPOSITORY / name).exists()]
