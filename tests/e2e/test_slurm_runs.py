@@ -234,3 +234,41 @@ def test_drive_where_jobs_may_not_submit(slurm_cluster: SlurmCluster) -> None:
     assert ("complete", 2) == (status["state"], len(status["rounds"]))
     assert [] == list(run.glob("rounds/*/logs/merge*"))
     assert fan_result() == collected(command, run)
+
+
+HUNGRY = '''
+import hpcresume as hr
+
+
+def pipeline() -> hr.Pipeline:
+    """Source 7 of 40 asks for more memory than the array task has."""
+
+    def work(i):
+        if i == 7:
+            block = bytearray(4 << 30)
+            block[:: 4096] = b"x" * len(block[:: 4096])
+        return {"i": i}
+
+    return hr.Pipeline(name="hungry", sources=hr.indexed(40), stages=[work])
+'''
+
+
+def test_out_of_memory_in_a_worker(cgroup_cluster: SlurmCluster) -> None:
+    """
+    The kernel takes the worker, not the supervisor: the guilty source alone is charged and
+    ends quarantined, all others complete in the same attempt.
+    """
+    directory = cgroup_cluster.folder("oom")
+    (directory / "hungry.py").write_text(HUNGRY)
+    command, run = Command(directory, cgroup_cluster.env), directory / "run"
+    command.run(
+        *("submit", "hungry.py", "--run-dir", "run", "-c", "2", "--mem", "2000"),
+        *("--local-dir", str(cgroup_cluster.scratch)),
+    )
+
+    status = command.wait_ended(run)
+
+    (failure,) = command.json("failures", str(run))["failures"]
+    assert ("incomplete", 39) == (status["state"], status["sources"]["completed"])
+    assert ("7", "death", 3) == (failure["source"], failure["kind"], failure["attempts"])
+    assert [1] == [task["attempt"] for task in status["tasks"]]
