@@ -119,6 +119,46 @@ class NodeEntry:
     """``idle``, ``mixed``, ``allocated``, ``down``, ...; ``*`` after it: not responding."""
 
 
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One partition as ``scontrol show partition`` shows it; what it lacks is None."""
+
+    name: str
+    default: bool
+    state: str
+    max_time: str
+    """As Slurm spells it: ``1-00:00:00`` or ``UNLIMITED``."""
+    default_time: str | None
+    preempt_mode: str | None
+    grace_s: int | None
+    qos: str | None
+    exclusive: bool
+    """A job gets whole nodes, whatever it asks for."""
+    submitters: str
+    """The nodes from which jobs may be submitted to it, ``ALL`` or a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Qos:
+    """One quality of service; a limit that it does not set is None."""
+
+    name: str
+    max_submit: int | None
+    """Jobs that one user may have in the queue, running ones included."""
+    grace_s: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Association:
+    """What the accounting lets a user do with one account, in one partition where one is named."""
+
+    account: str
+    partition: str | None
+    qos: tuple[str, ...]
+    default_qos: str | None
+    max_submit: int | None
+
+
 def command_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return ``base`` (the process's environment) without what would change Slurm's answers."""
     base = os.environ if base is None else base
@@ -160,6 +200,29 @@ def sbatch(
     """
     command = ["sbatch", "--parsable", *argv, str(script)]
     return parse_sbatch(_run(command, conf=conf, timeout_s=timeout_s))
+
+
+def would_accept(
+    argv: Sequence[str] = (),
+    *,
+    script: Path,
+    conf: Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Ask whether Slurm would take a batch script, without submitting it.
+
+    Args:
+        argv: Options that count more than those of the script.
+        script: As for :func:`sbatch`.
+        conf: As for :func:`sbatch`.
+        timeout_s: As for :func:`sbatch`.
+
+    Raises:
+        SlurmMissingError: There is no sbatch here.
+        SlurmUnreachableError: No answer came.
+        SlurmRefusedError: It would be refused; ``stderr`` says why.
+    """
+    _run(["sbatch", "--test-only", *argv, str(script)], conf=conf, timeout_s=timeout_s)
 
 
 def parse_sbatch(stdout: str) -> JobId:
@@ -361,6 +424,36 @@ def config(*, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) ->
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def partitions(
+    *, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> list[Partition]:
+    """Return the partitions that this user can see.
+
+    Raises:
+        SlurmMissingError: There is no scontrol here.
+        SlurmUnreachableError: No answer came.
+        SlurmRefusedError: Slurm refused.
+    """
+    stdout = _run(["scontrol", "show", "partition", "-o"], conf=conf, timeout_s=timeout_s)
+    lines = (line for line in stdout.splitlines() if line.startswith("PartitionName="))
+    return [_partition(dict(_FIELD.findall(line))) for line in lines]
+
+
+def _partition(fields: Mapping[str, str]) -> Partition:
+    return Partition(
+        name=fields["PartitionName"],
+        default=fields.get("Default") == "YES",
+        state=fields.get("State", "UNKNOWN"),
+        max_time=fields.get("MaxTime", "UNLIMITED"),
+        default_time=_text(fields.get("DefaultTime")),
+        preempt_mode=_text(fields.get("PreemptMode")),
+        grace_s=_integer(fields.get("GraceTime")),
+        qos=_text(fields.get("QoS")),
+        exclusive=fields.get("OverSubscribe") == "EXCLUSIVE",
+        submitters=fields.get("AllocNodes", "ALL"),
+    )
+
+
 def nodes(*, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[NodeEntry]:
     """Return every node once with its state.
 
@@ -416,8 +509,59 @@ def accounting(
     """
     columns = "JobID,State,ExitCode,Start,End"
     command = ["sacct", "-X", "-D", "-P", "-n", "-j", job, "-o", columns]
+    return _accounting_entries(_ask_accounting(command, conf=conf, timeout_s=timeout_s))
+
+
+def qualities(*, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Qos]:
+    """Return every quality of service with its limits.
+
+    Raises:
+        SlurmMissingError: There is no sacctmgr here.
+        AccountingUnavailableError: The cluster has no accounting, or slurmdbd is away.
+        SlurmUnreachableError: No answer came in time.
+        SlurmRefusedError: Slurm refused.
+    """
+    command = ["sacctmgr", "-nP", "show", "qos", "format=Name,MaxSubmitPU,GraceTime"]
+    stdout = _ask_accounting(command, conf=conf, timeout_s=timeout_s)
+    rows = [line.split("|") for line in stdout.splitlines() if line.count("|") == 2]
+    return [Qos(name, _integer(limit), _seconds(grace)) for name, limit, grace in rows]
+
+
+def associations(
+    user: str,
+    *,
+    cluster: str,
+    conf: Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Association]:
+    """Return what a user may submit under on a cluster; empty where nobody registered them.
+
+    Raises:
+        SlurmMissingError: There is no sacctmgr here.
+        AccountingUnavailableError: The cluster has no accounting, or slurmdbd is away.
+        SlurmUnreachableError: No answer came in time.
+        SlurmRefusedError: Slurm refused.
+    """
+    columns = "format=Account,Partition,QOS,DefaultQOS,MaxSubmitJobs"
+    named = [f"user={user}", f"cluster={cluster}"]
+    command = ["sacctmgr", "-nP", "show", "assoc", *named, columns]
+    stdout = _ask_accounting(command, conf=conf, timeout_s=timeout_s)
+    rows = [line.split("|") for line in stdout.splitlines() if line.count("|") == 4]
+    return [
+        Association(
+            account=account,
+            partition=_text(partition),
+            qos=tuple(filter(None, qos.split(","))),
+            default_qos=_text(default),
+            max_submit=_integer(limit),
+        )
+        for account, partition, qos, default, limit in rows
+    ]
+
+
+def _ask_accounting(command: list[str], *, conf: Path | None, timeout_s: float) -> str:
     try:
-        stdout = _run(command, conf=conf, timeout_s=timeout_s)
+        return _run(command, conf=conf, timeout_s=timeout_s)
     except (SlurmRefusedError, SlurmUnreachableError) as error:
         if not _NO_ACCOUNTING.search(error.fields.get("stderr", "")):
             raise
@@ -427,7 +571,6 @@ def accounting(
             "Ask the centre whether slurmdbd is configured",
             **error.fields,
         ) from error
-    return _accounting_entries(stdout)
 
 
 def _accounting_entries(stdout: str) -> list[AccountingEntry]:
@@ -475,6 +618,12 @@ def parse_duration(text: str | None) -> float | None:
 
 def _text(value: str | None) -> str | None:
     return None if value is None or value in _NOTHING else value
+
+
+def _seconds(text: str) -> int | None:
+    """Return whole seconds from a number of them or from a duration; None for none or 0."""
+    seconds = _integer(text) or parse_duration(text)
+    return int(seconds) if seconds else None
 
 
 def _integer(value: str | None) -> int | None:

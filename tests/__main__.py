@@ -57,7 +57,7 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen steps and return the exit status."""
     options = _parser().parse_args(argv)
-    steps = _steps(install=options.install)
+    steps = _steps(install=options.install or "install" in (options.only or []))
     if options.only:
         steps = [step for step in steps if step.name in options.only]
     _set_environment(tier=options.tier, require_slurm=options.install or bool(os.environ.get("CI")))

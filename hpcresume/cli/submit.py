@@ -185,6 +185,7 @@ def submit(
       hpcresume submit pipeline.py --cluster local --collect out.jsonl
       hpcresume submit pipeline.py --array 64 -- --licenses=scratch
     """
+    from hpcresume.errors import UsageError
     from hpcresume.launch.submit import make_ready, reopen_run
 
     submission = make_submission(target, sbatch_options, given)
@@ -194,6 +195,11 @@ def submit(
         print_scripts(submission, as_json=as_json, explain=False)
         return
     ready = make_ready(submission)
+    if sbatch_options and ready.launch.cluster == "local":
+        raise UsageError(
+            f"{' '.join(sbatch_options)}: options after -- go to sbatch, and this run is local. "
+            "Leave them out, or give --cluster slurm."
+        )
     reopen_run(ready, retry_quarantined=submission.retry_quarantined)
     _announce(ready)
     if ready.launch.cluster == "local":
@@ -247,8 +253,13 @@ def _run_here(ready: Ready) -> Step:
             err=True,
         )
 
+    def on_recovered(sources: int) -> None:
+        say(f"recovered      {human_count(sources, 'source')} of a dead attempt", err=True)
+
     with _progress(ready.prepared.manifest.total) as on_progress:
-        return run_local(ready, on_round=on_round, on_progress=on_progress)
+        return run_local(
+            ready, on_round=on_round, on_progress=on_progress, on_recovered=on_recovered
+        )
 
 
 @contextmanager

@@ -17,21 +17,19 @@ import itertools
 import logging
 import os
 import pickle
-import signal
-import threading
 import time
-import traceback
 from bisect import bisect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType, GeneratorType
+from types import GeneratorType
 from typing import Any, TypeVar
 
 import cloudpickle
 
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
+from hpcresume.engine.guard import Running, StageTimeoutError, alarm, reason, user_traceback
 from hpcresume.engine.mark import Mark
 from hpcresume.errors import StageStartError, describe
 from hpcresume.ids import ROOT, ItemPath, encode_path, item_id
@@ -50,15 +48,7 @@ log = logging.getLogger(__name__)
 SLICE_ITEMS = 4096
 _DRAW_ITEMS = 256
 _SOURCES = "sources"
-_TRACEBACK_CHARS = 8000
 ResultT = TypeVar("ResultT")
-
-
-class StageTimeoutError(BaseException):
-    """Raised inside a stage that runs past its ``timeout_s``.
-
-    Not an ``Exception``, so that a stage's own ``except Exception`` does not swallow it.
-    """
 
 
 class _Raised:
@@ -120,41 +110,6 @@ class ChainPlace:
     on_error: Callable[[BaseException], None] | None = None
 
 
-class _Running:
-    """The items of async stages in flight, told by the worker's mark.
-
-    A coroutine that blocks stops the event loop and every timeout in it; the driver sees
-    the earliest deadline pass, and the source where only one is in flight.
-    """
-
-    def __init__(self, mark: Mark | None) -> None:
-        self._mark = mark
-        self._items: dict[object, tuple[float, int | None, int]] = {}
-
-    @contextlib.contextmanager
-    def item(self, source: int | None, stage: int, timeout_s: float | None) -> Iterator[None]:
-        if self._mark is None:
-            yield
-            return
-        key = object()
-        limit = float("inf") if timeout_s is None else timeout_s
-        self._items[key] = (time.monotonic() + limit, source, stage)
-        self._tell(self._mark)
-        try:
-            yield
-        finally:
-            del self._items[key]
-            self._tell(self._mark)
-
-    def _tell(self, mark: Mark) -> None:
-        if not self._items:
-            mark.clear()
-            return
-        deadline, source, stage = min(self._items.values(), key=lambda item: item[0])
-        known = source if len(self._items) == 1 else None
-        mark.set_until(known, stage, None if deadline == float("inf") else deadline)
-
-
 class Chain:
     """The stages of one group, set up in one worker."""
 
@@ -170,7 +125,7 @@ class Chain:
             for stage in stages
             if stage.traits.is_async
         }
-        self.running = _Running(place.mark)
+        self.running = Running(place.mark)
 
     def setup(self) -> None:
         """Set up every stage.
@@ -626,7 +581,7 @@ class _Call:
             self.place.on_error(error)
         item = item_id(self.inputs.source_id(slot), self.chain.names, path)
         self.failures[slot] = SlotFailure(
-            slot, stage, item, *_reason(error, stage, self._timeout_of(stage))
+            slot, stage, item, *reason(error, stage, self._timeout_of(stage))
         )
 
     def _timeout_of(self, stage: str) -> float | None:
@@ -739,63 +694,6 @@ def _wrong_batch(answer: Any, count: int) -> str:
 def _draw(into: list[Any], values: Iterator[Any]) -> None:
     # What came before an exception stays in the list.
     into.extend(itertools.islice(values, _DRAW_ITEMS))
-
-
-def _reason(
-    error: BaseException | Failed, stage: str, timeout_s: float | None
-) -> tuple[str, str, str, bool]:
-    """Return kind, message, traceback and whether to try again."""
-    if isinstance(error, Failed):
-        return "Failed", error.reason, "", error.retry
-    if isinstance(error, StageTimeoutError):
-        return (
-            "timeout",
-            f"stage {stage!r} ran past its timeout_s={timeout_s:g}",
-            (user_traceback(error)),
-            True,
-        )
-    message = str(error).strip() or type(error).__name__
-    return type(error).__name__, message, user_traceback(error), True
-
-
-def user_traceback(error: BaseException) -> str:
-    """Return an exception's traceback without the engine's own frames, at most 8,000 characters."""
-    shown = traceback.TracebackException(type(error), error, error.__traceback__)
-    frames = list(traceback.walk_tb(error.__traceback__))
-    users = [n for n, (frame, _) in enumerate(frames) if not _is_engine(frame)]
-    if users:
-        shown.stack[:] = shown.stack[users[0] : users[-1] + 1]
-    text = "".join(shown.format())
-    return text if len(text) <= _TRACEBACK_CHARS else "...\n" + text[-_TRACEBACK_CHARS:]
-
-
-def _is_engine(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
-    engine = name.startswith("hpcresume.engine")
-    return engine or name in {"contextlib", "asyncio.tasks", "asyncio.timeouts"}
-
-
-@contextlib.contextmanager
-def alarm(timeout_s: float | None) -> Iterator[None]:
-    """Raise :class:`StageTimeoutError` in the body once it has run for ``timeout_s``.
-
-    Works in the main thread, where Python runs signal handlers; a body that does not return
-    to the interpreter is ended by the driver, which reads the worker's mark.
-    """
-    if timeout_s is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expire(_number: int, _frame: FrameType | None) -> None:
-        raise StageTimeoutError
-
-    before = signal.signal(signal.SIGALRM, expire)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def run_now(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:

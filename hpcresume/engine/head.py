@@ -9,9 +9,12 @@ users of the node out of it.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shutil
 import signal
 import threading
+import time
 from dataclasses import dataclass
 
 import psutil
@@ -19,6 +22,10 @@ import ray
 
 from hpcresume.engine.pool import EngineDiedError
 
+log = logging.getLogger(__name__)
+
+_WATCH_S = 0.5
+_STUCK_S = 5.0
 _DAEMONS = ("raylet", "gcs_server")
 _MIN_STORE_BYTES = 80 << 20
 _MAX_STORE_BYTES = 2 << 30
@@ -59,6 +66,9 @@ class RayHead:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._daemons = [child for child in psutil.Process().children() if child.name() in _DAEMONS]
+        self._agents = [agent for daemon in self._daemons for agent in daemon.children()]
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
 
     def check(self) -> None:
         """Notice the death of Ray's own processes at once; Ray takes up to a minute.
@@ -66,21 +76,56 @@ class RayHead:
         Raises:
             EngineDiedError: One of them is gone.
         """
+        dead = self._dead()
+        if dead is not None:
+            self._end_others()
+            raise _died(dead)
+
+    def _dead(self) -> psutil.Process | None:
         for daemon in self._daemons:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if daemon.status() != psutil.STATUS_ZOMBIE:
                     continue
-            raise EngineDiedError(
-                f"Ray's {daemon_name(daemon)} died. The attempt ends and is started again; "
-                "committed work is kept.",
-                pid=daemon.pid,
-            )
+            return daemon
+        return None
+
+    def _end_others(self) -> None:
+        """Kill what is left of Ray; without one of its processes some of the others linger."""
+        for process in (*self._daemons, *self._agents):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _watch(self) -> None:
+        """End this process when Ray is dead and the main thread is stuck in a call to it.
+
+        Some calls wait for Ray's control service for a minute, out of reach of any exception.
+        What was committed is safe; the supervisor starts another attempt.
+        """
+        noticed: float | None = None
+        while not self._closed.wait(_WATCH_S):
+            dead = self._dead()
+            if dead is None:
+                continue
+            noticed = noticed or time.monotonic()
+            if time.monotonic() - noticed > _STUCK_S:
+                self._end_others()
+                log.error("%s", _died(dead))
+                os._exit(EngineDiedError.exit_code)
 
     def close(self) -> None:
         """Disconnect and remove Ray's files; its processes end with this one at the latest."""
+        self._closed.set()
         with contextlib.suppress(Exception):
             ray.shutdown()
         shutil.rmtree(self._temp, ignore_errors=True)
+
+
+def _died(daemon: psutil.Process) -> EngineDiedError:
+    return EngineDiedError(
+        f"Ray's {daemon_name(daemon)} died. The attempt ends and is started again; "
+        "committed work is kept.",
+        pid=daemon.pid,
+    )
 
 
 def daemon_name(process: psutil.Process) -> str:

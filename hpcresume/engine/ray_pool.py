@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from hpcresume.engine import children
 from hpcresume.engine.calls import Inputs
 from hpcresume.engine.groups import Group
 from hpcresume.engine.mark import Mark, Sight
@@ -167,6 +168,7 @@ class RayPool:
         assert actor is not None
         # It may be cut off rather than dead.
         ray.kill(actor.handle)
+        children.end(actor.mark_path)
         if not actor.started:
             self._events.append(StartFailed(worker, f"its process died during set-up: {reason}"))
             return

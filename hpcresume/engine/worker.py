@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcresume.engine import children
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.chain import Chain, ChainPlace, run_now
 from hpcresume.engine.mark import Mark
@@ -74,6 +75,7 @@ class StageWorker:
             self._chain.setup()
         except HpcResumeError as error:
             return str(error)
+        children.record(self._setup.mark)
         return None
 
     def _make_chain(self) -> Chain:

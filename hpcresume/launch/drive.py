@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from hpcresume.config import Resolved, Settings, load_settings
-from hpcresume.errors import RunDirError
+from hpcresume.errors import LocalStorageError, RunDirError
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.rounds import (
     Standing,
@@ -29,8 +29,9 @@ from hpcresume.launch.slurm_round import active_jobs, cancelled_tasks, submit_ro
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.run.directory import JobRecord, RunDir
+from hpcresume.run.directory import JobRecord, RunDir, check_owner
 from hpcresume.run.manifest import Manifest
+from hpcresume.task.recovery import recover_node
 from hpcresume.task.scratch import choose_local
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ def merge_step(run: RunDir) -> Step:
             f"{run.path} has no round yet. Nothing was submitted. Run: hpcresume submit PIPELINE",
             path=run.path,
         )
+    # Code of the run is loaded below, and where others own it, it is theirs.
+    check_owner(run.path)
     manifest, settings = Manifest.open(run), plan_settings(plan)
     round_ = plan.footer.round
     standing = settle(run, manifest, settings)
@@ -165,6 +168,8 @@ class LocalRun:
         launch: How rounds are dealt.
         on_round: Called before each round with its plan.
         on_progress: Called during a round with every task's progress.
+        on_recovered: Called with the number of sources that a dead attempt had committed
+            and that are published now.
     """
 
     run: RunDir
@@ -174,6 +179,7 @@ class LocalRun:
     launch: Launch
     on_round: Callable[[Plan], None]
     on_progress: Callable[[dict[int, TaskProgress]], None]
+    on_recovered: Callable[[int], None]
 
     def execute(self) -> Step:
         """Run rounds until nothing is left, or until it makes no sense to go on.
@@ -193,6 +199,7 @@ class LocalRun:
         settings = self.resolved.settings
         by_hand = True
         while True:
+            self._recover()
             standing = settle(self.run, self.manifest, settings, by_hand=by_hand)
             if not standing.remainder:
                 finish_run(self.run, standing, self.pipeline)
@@ -207,6 +214,15 @@ class LocalRun:
             by_hand = False
             if self._execute_round(standing):
                 return Step("interrupted", settle(self.run, self.manifest, settings))
+
+    def _recover(self) -> None:
+        """Publish what dead attempts left on this machine before anything is dealt again."""
+        settings = self.resolved.settings
+        with contextlib.suppress(LocalStorageError):
+            local = choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
+            found = recover_node(self.run, local)
+            if found:
+                self.on_recovered(found)
 
     def _execute_round(self, standing: Standing) -> bool:
         """Plan and run one round; return whether the user interrupted it."""

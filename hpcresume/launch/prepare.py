@@ -202,12 +202,15 @@ def _resubmit(path: Path, loaded: LoadedPipeline, *, accept_changes: bool) -> Pr
     notes += [f"accepted: {change}" for change in changes]
     manifest = Manifest.open(run)
     added = _list_again(run, manifest, loaded.pipeline, accept_changes=accept_changes)
+    current = fingerprint(loaded.pipeline, loaded.params)
+    if current != run.fingerprint():
+        run.accept_fingerprint(current)
     code = _take_code(run, loaded, notes)
     return Prepared(run, loaded, Manifest.open(run), code, added, notes)
 
 
 def _refused_changes(run: RunDir, loaded: LoadedPipeline) -> list[str]:
-    old, new = dict(run.info.fingerprint), fingerprint(loaded.pipeline, loaded.params)
+    old, new = dict(run.fingerprint()), fingerprint(loaded.pipeline, loaded.params)
     for current in (old, new):
         # How much may fail, and what is done at the end, change no result.
         for key in ("tolerate", "finish"):
@@ -342,15 +345,23 @@ class _Known:
 def _reindex(
     run: RunDir, manifest: Manifest, count: int, number: int, *, accept_changes: bool
 ) -> int:
-    if count == manifest.total:
+    withdrawn = len(manifest.withdrawn())
+    if count == manifest.total - withdrawn:
         return 0
+    if withdrawn and count > manifest.total - withdrawn:
+        raise ChangedRunError(
+            f"the run was cut to {manifest.total - withdrawn} sources, now there are {count}. "
+            "Sources made from their index cannot come back once they are dropped. "
+            "Submit to another --run-dir.",
+            count=count,
+        )
     if count > manifest.total:
         added = count - manifest.total
         write_indexed_part(run, number, first=manifest.total, count=added)
         return added
     if not accept_changes:
         raise ChangedRunError(
-            f"the run has {manifest.total} sources, now there are {count}. "
+            f"the run has {manifest.total - withdrawn} sources, now there are {count}. "
             "Results of the others would stay. Submit to another --run-dir, or drop them "
             "with --accept-changes.",
             count=count,

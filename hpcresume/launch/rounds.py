@@ -85,7 +85,7 @@ def settle(
         union = standing.union
         stopped, finished = union.stopped, union.finished
         union.finished = finished and not standing.remainder and not union.withheld
-        if standing.remainder and not union.stopped and not by_hand:
+        if not (union.stopped or union.finished or by_hand):
             union.stopped = why_stopped(run, standing, settings)
         if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
             return standing

@@ -176,6 +176,7 @@ def run_local(
     *,
     on_round: Callable[[Plan], None],
     on_progress: Callable[[dict[int, TaskProgress]], None],
+    on_recovered: Callable[[int], None],
 ) -> Step:
     """Run in the foreground of this machine."""
     return LocalRun(
@@ -186,6 +187,7 @@ def run_local(
         launch=ready.launch,
         on_round=on_round,
         on_progress=on_progress,
+        on_recovered=on_recovered,
     ).execute()
 
 

@@ -42,7 +42,6 @@ class Pipeline:
             run that still counts as complete.
         snapshot: Further files or directories to copy into the run, relative to the
             pipeline's file.
-        max_no_progress_rounds: Rounds without a new completion before the run stops.
 
     Attributes:
         stages: The stages as :class:`Stage` objects with unique names.
@@ -62,7 +61,6 @@ class Pipeline:
         finish: Finish | None = None,
         tolerate: float = 0.0,
         snapshot: Sequence[str | os.PathLike[str]] = (),
-        max_no_progress_rounds: int = 2,
     ) -> None:
         self.name = _checked_name(name)
         self.sources: SourceList = as_sources(sources)
@@ -71,13 +69,8 @@ class Pipeline:
         self.finish = finish
         self.tolerate = _checked_tolerance(tolerate)
         self.snapshot = _checked_snapshot(snapshot)
-        self.max_no_progress_rounds = max_no_progress_rounds
         if finish is not None and not callable(finish):
             raise PipelineError(f"finish={finish!r} cannot be called. Give finish=fn(rows, out).")
-        if isinstance(max_no_progress_rounds, bool) or max_no_progress_rounds < 1:
-            raise PipelineError(
-                f"max_no_progress_rounds={max_no_progress_rounds!r}: the least is 1."
-            )
 
     def check_resumable(self) -> None:
         """Refuse a pipeline whose output cannot be attributed to single sources.

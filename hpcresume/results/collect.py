@@ -123,7 +123,7 @@ def scope_of(manifest: Manifest, union: Union) -> Scope:
 def tolerated(run: RunDir, total: int) -> int:
     """Return how many quarantined sources leave a run complete."""
     # The tolerance is a decimal fraction: 0.07 of 100 must be 7, not 7.000000000000001 cut.
-    return int(float(run.info.fingerprint.get("tolerate", 0.0)) * total + 1e-9)
+    return int(float(run.fingerprint().get("tolerate", 0.0)) * total + 1e-9)
 
 
 def collect(

@@ -15,6 +15,7 @@
       rounds/0000/tasks/00000/e001/  one attempt: attempt.json, segments, outcome.json, files/
       merge/gen-000001             what is done, as of one merge
       control/0001-stop            stop and resume marks; the highest number counts
+      control/accepted-0001        a fingerprint that replaces run.json's, as the user accepted
       finish/                      what Pipeline(finish=...) made
 
 Nothing here is ever overwritten or appended.  Every file has one writer.  Order never
@@ -51,6 +52,7 @@ _GENERATION = re.compile(r"gen-(\d+)")
 _PART = re.compile(r"part-(\d+)")
 _MARK = re.compile(r"(\d+)-(stop|resume)")
 _NUMBER = re.compile(r"(\d+)")
+_ACCEPTED = re.compile(r"accepted-(\d+)")
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -74,6 +76,10 @@ class RunInfo(msgspec.Struct, frozen=True):
     target: str
     created_at: str
     version: str
+    fingerprint: dict[str, Any]
+
+
+class _Accepted(msgspec.Struct, frozen=True):
     fingerprint: dict[str, Any]
 
 
@@ -316,6 +322,25 @@ class RunDir:
     def segment_path(self, segment: SegmentName) -> str:
         """Return the path of a segment."""
         return self.attempt_path(segment.attempt, segment.name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must not change silently: as created, or as accepted last."""
+        numbers = _numbers(_ACCEPTED, list_names(self.fs, self.join("control")))
+        if not numbers:
+            return self.info.fingerprint
+        path = self.join("control", f"accepted-{numbers[-1]:04d}")
+        accepted = self.read_record(path, _Accepted)
+        return self.info.fingerprint if accepted is None else accepted.fingerprint
+
+    def accept_fingerprint(self, fingerprint: dict[str, Any]) -> None:
+        """Record a fingerprint that replaces the one before."""
+        while True:
+            numbers = _numbers(_ACCEPTED, list_names(self.fs, self.join("control")))
+            number = numbers[-1] + 1 if numbers else 1
+            path = self.join("control", f"accepted-{number:04d}")
+            with contextlib.suppress(FileExistsError):
+                self.write_record(path, _Accepted(fingerprint), label="record")
+                return
 
     def allocate_attempt(self, round_: int, task: int) -> AttemptRef:
         """Take the next epoch of an array task by exclusive create.

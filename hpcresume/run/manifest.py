@@ -261,6 +261,12 @@ class Manifest:
                     path=container.path,
                 )
             parts.append(Part(container))
+        if not parts and run.rounds():
+            raise CorruptDataError(
+                f"{run.join('manifest')} is empty, but the run has rounds. The manifest says "
+                "what the run's sources are and cannot be guessed. Restore it from a backup.",
+                path=run.join("manifest"),
+            )
         return cls(parts)
 
     @property

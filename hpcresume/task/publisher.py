@@ -17,7 +17,7 @@ import msgspec
 from hpcresume.errors import CorruptDataError, HpcResumeError
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.ledger.publishing import publish_pending
-from hpcresume.ledger.store import Ledger, set_aside
+from hpcresume.ledger.store import Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.task.messages import (
     PUBLISHER_ORDERS,
@@ -34,8 +34,7 @@ from hpcresume.task.messages import (
     WriteOutcome,
 )
 from hpcresume.task.process import die_with_parent, ignore_job_signals
-
-log = logging.getLogger(__name__)
+from hpcresume.task.recovery import publish_dead
 
 
 class Publisher:
@@ -86,34 +85,7 @@ class Publisher:
         return self._ledger
 
     def _recover(self, directory: str) -> Recovered:
-        path = os.path.join(directory, "ledger")
-        if not os.path.exists(os.path.join(path, "data.mdb")):
-            return Recovered(directory, 0)
-        try:
-            ledger = Ledger.open_verified(path)
-        except CorruptDataError as error:
-            log.warning("%s", error)
-            set_aside(path)
-            return Recovered(directory, 0)
-        with contextlib.closing(ledger):
-            return Recovered(directory, self._publish_dead(ledger, directory))
-
-    def _publish_dead(self, ledger: Ledger, directory: str) -> int:
-        writer = ledger.identity().writer
-        ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
-        if ledger.identity().run_id != self._run.run_id:
-            return 0
-        known = self._run.segments(ref)
-        seq = known[-1].seq + 1 if known else 1
-        receipt = publish_pending(
-            ledger,
-            self._run,
-            seq=seq,
-            max_bytes=1 << 40,
-            outputs_root=os.path.join(directory, "outputs"),
-            with_suspects=True,
-        )
-        return receipt.sources
+        return Recovered(directory, publish_dead(self._run, directory))
 
     def _write_outcome(self, order: WriteOutcome) -> OutcomeWritten:
         path = self._run.attempt_path(self._ref, "outcome.json")

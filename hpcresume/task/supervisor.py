@@ -70,6 +70,7 @@ from hpcresume.task.process import (
     end_descendants,
     start_child,
 )
+from hpcresume.task.recovery import attempt_of
 from hpcresume.task.scratch import (
     Scratch,
     choose_local,
@@ -166,6 +167,7 @@ class Supervisor:
         self._time_known = threading.Event()
         self._start = time.monotonic()
         self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
+        self._recovered: list[AttemptRef] = []
         self._driver: Child | None = None
         self._driver_start = 0.0
 
@@ -201,11 +203,15 @@ class Supervisor:
         shard = self._plan.shard(self._task)
         limit = self._settings.run.max_attempts
         union = read_task_union(self._run, self._round, self._task, max_attempts=limit)
+        elsewhere = [
+            read_task_union(self._run, ref.round, ref.task, max_attempts=limit).completed
+            for ref in self._recovered
+        ]
         attempts = dict(shard.attempts)
         for source, failures in union.attempts().items():
             attempts[source] = attempts.get(source, 0) + failures
         exhausted = {source for source, count in attempts.items() if count >= limit}
-        left = shard.bitmap() - union.settled()
+        left = shard.bitmap() - union.settled() - bitmaps.union(elsewhere)
         left -= type(left)(exhausted & set(union.attempts()))
         if not left:
             return None
@@ -316,6 +322,8 @@ class Supervisor:
             if isinstance(answer, Recovered):
                 say(f"recovered {answer.sources} sources of a dead attempt in {directory}")
                 sweep(directory)
+                ref = attempt_of(directory)
+                self._recovered += [ref] if ref is not None else []
             else:
                 why = answer.reason if isinstance(answer, Refused) else "no answer in time"
                 say(f"could not recover {directory}: {why}")

@@ -290,6 +290,8 @@ def test_another_run_in_the_directory(desk: Desk) -> None:
     assert b"0\n1\n2\n3\n" == desk.rows("run")
     accepted = desk.submit("p.py", "--run-dir", "run", "-P", "n=2", "--accept-changes")
     check(accepted, 0, "accepted: params.n: null -> 2", "2 completed")
+    again = desk.submit("p.py", "--run-dir", "run", "-P", "n=2")
+    check(again, 0, "2 completed")
     assert b"0\n1\n" == desk.rows("run")
 
 
@@ -470,3 +472,10 @@ def test_damaged_run_record(desk: Desk) -> None:
     (submitted(desk) / "run.json").write_bytes(b'{"format": 1, "run')
 
     check(desk.call("status", "run"), 22, "run.json cannot be decoded", "damaged", "--run-dir")
+
+
+def test_sbatch_options_of_a_local_run_are_refused(desk: Desk) -> None:
+    """Options after -- go to sbatch; where there is none they are not passed over in silence."""
+    submitted(desk)
+
+    check(desk.submit("p.py", "--", "--licenses=scratch"), 2, "--licenses=scratch", "sbatch")

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 POISON = """
 import ctypes
 import os
+import signal
 import hpcresume as hr
 
 BAD = {3: "raises", 11: "fails", 17: "final", 23: "exits", 29: "crashes", 37: "hangs"}
@@ -35,6 +36,7 @@ def work(i):
         ctypes.string_at(0)
     if how == "hangs":
         libc = ctypes.PyDLL(None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
         while True:
             libc.sleep(1000)
     return i

@@ -152,7 +152,7 @@ def make_kills(case: dict[str, Any]) -> Any:
     """
     rng, left = Random(case["seed"]), [case["outside"]]
 
-    def kills(worker: WorkerRef, inputs: Inputs, marked: bool) -> Death | None:  # noqa: FBT001
+    def kills(worker: WorkerRef, inputs: Inputs, marked: bool) -> Death | None:
         guilty = [source for source in inputs.sources if source in case["killers"]]
         if guilty and worker.group == 0:
             knows = marked and rng.random() < 0.5

@@ -17,7 +17,7 @@ from hpcresume.ids import ItemPath
 from hpcresume.ledger.publishing import PublishReceipt, publish_pending
 from hpcresume.ledger.store import Batch, Ledger, LedgerIdentity, LedgerState
 from hpcresume.merge.generation import Union, read_union, write_generation
-from hpcresume.merge.plan import PlanFooter, deal, make_shards, write_plan
+from hpcresume.merge.plan import Launch, PlanFooter, deal, make_shards, write_plan
 from hpcresume.observe.liveness import boot_id
 from hpcresume.run.directory import (
     AttemptInfo,
@@ -63,8 +63,9 @@ class MadeRun:
         left = bitmaps.span(0, len(self.ids)) - self.union().settled()
         shards = make_shards(deal(left, tasks), {}, [])
         settings = {"run": {"max_attempts": self.max_attempts}}
+        launch = Launch(cluster="local", array=len(shards))
         footer = PlanFooter(
-            self.run.run_id, round_, generation, 1, len(left), len(shards), settings
+            self.run.run_id, round_, generation, 1, len(left), len(shards), settings, launch
         )
         write_plan(self.run, footer, shards)
 

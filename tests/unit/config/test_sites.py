@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_site_list_shows_where_we_are(environ, write):
     runner = CliRunner(env=environ)
     text = runner.invoke(site_command, ["list"])
     assert 0 == text.exit_code
-    assert "* mine     Ours" in text.stdout
+    assert re.search(r"(?m)^\* mine +Ours$", text.stdout)
     data = json.loads(runner.invoke(site_command, ["list", "--json"]).stdout)
     assert (1, "mine") == (data["schema"], data["here"])
     mine = next(entry for entry in data["sites"] if entry["name"] == "mine")

@@ -358,7 +358,7 @@ class Answering(hr.Stage):
         (lambda b: [*b, 1], "5 slots for 4 items"),
         (lambda _b: None, "NoneType"),
         (lambda _b: "abcd", "str"),
-        (lambda b: dict.fromkeys(b), "dict"),
+        (dict.fromkeys, "dict"),
         (hr.Many, "Many"),
         (iter, "iterator"),
         (set, "set"),
@@ -427,7 +427,7 @@ def test_timeout_interrupts_a_function(case: ChainCase) -> None:
         if x == 1:
             try:
                 spin()
-            except Exception:  # noqa: BLE001  # as users write it
+            except Exception:  # as users write it
                 return 0
         return x
 
@@ -510,7 +510,7 @@ def test_setup_that_fails_takes_down_what_had_started(case: ChainCase) -> None:
             events.append("down")
 
     class Second(First):
-        def setup(self, worker: hr.Worker) -> None:  # noqa: ARG002
+        def setup(self, worker: hr.Worker) -> None:
             sys.exit("no licence")
 
     first = First()

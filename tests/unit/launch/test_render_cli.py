@@ -189,7 +189,6 @@ def test_a_grown_listing_counts_towards_the_next_round(run):
     [
         (("nowhere.py",), 10, "no such file"),
         (("figures.py", "--cluster", "local"), 2, "submits no batch script"),
-        (("figures.py", "-P", "n=5000", "--array", "2000"), 15, "2000 array tasks"),
         (("figures.py", "--", "--array=3"), 15, "--array=3"),
         (("figures.py", "--site", "nowhere"), 15, "nowhere"),
         (("figures.py", "--array", "many"), 2, "many"),

@@ -84,7 +84,6 @@ def test_resumable_pipelines_pass_the_gate() -> None:
         ({"sink": "rows"}, "sink='rows'"),
         ({"finish": 3}, "finish=3"),
         ({"snapshot": "helpers"}, "not a list"),
-        ({"max_no_progress_rounds": 0}, "max_no_progress_rounds=0"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(changes: dict[str, Any], word: str) -> None:
