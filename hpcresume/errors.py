@@ -10,7 +10,7 @@ HpcResumeError                     70
 ├── ConfigError                    15   a setting, a site file or a template is wrong
 ├── RunDirError                    16   not a run directory, or not usable by this user or version
 ├── LocalStorageError              17   node-local disk full, missing or of the wrong kind
-├── StageStartError                18   a stage cannot start, or the pipeline not be imported, on the node
+├── StageStartError                18   a stage cannot start, or its file not load, on the node
 ├── RowError                       19   a row that JSON cannot hold
 ├── SharedStorageError             20   the run directory's file system refused or did not answer
 │   └── DeadlineExceededError      21   it did not answer in time

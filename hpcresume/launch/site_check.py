@@ -108,9 +108,9 @@ class Live:
         return next((partition for partition in self.partitions if partition.default), None)
 
     @property
-    def enforces_limits(self) -> bool:
-        """Whether the limits of the accounting hold."""
-        return bool(re.search(r"limits|safe", self.config.get("AccountingStorageEnforce", "")))
+    def enforced(self) -> frozenset[str]:
+        """What of the accounting holds for jobs: ``associations``, ``limits``, ``qos``, ..."""
+        return frozenset(self.config.get("AccountingStorageEnforce", "").split(","))
 
     def submit_limit(self, *, account: str, partition: str, qos: str) -> tuple[int, str] | None:
         """Return how many jobs this user may have in the queue and what says so, or None."""
@@ -127,7 +127,7 @@ class Live:
             *((one.max_submit, f"account {one.account}") for one in mine),
         ]
         limits = [(limit, where) for limit, where in found if limit is not None]
-        return min(limits) if limits and self.enforces_limits else None
+        return min(limits) if limits and "limits" in self.enforced else None
 
 
 def ask(*, conf: Path | None = None) -> Live:
@@ -258,7 +258,7 @@ class _Check:
             for name in filter(None, asked.partition.split(",")):
                 yield self._one_of(f"{section}.partition", name, partitions, "the partitions are")
             mine = self._live.associations
-            if not mine:
+            if not mine or "associations" not in self._live.enforced:
                 continue
             if asked.account:
                 accounts = sorted({one.account for one in mine})

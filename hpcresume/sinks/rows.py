@@ -32,7 +32,8 @@ def encode_row(value: Any) -> bytes:
         raise _row_error(str(error.__cause__ or error)) from error
     if b"null" in row:
         refuse_non_finite(value)
-    return row
+    # The encoder leaves its working space, kilobytes, attached to what it returns.
+    return bytes(memoryview(row))
 
 
 def _encode_wide(value: Any) -> bytes:

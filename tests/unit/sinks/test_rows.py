@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import sys
+import tracemalloc
 import types
 from collections import namedtuple
 from dataclasses import dataclass
@@ -46,6 +47,16 @@ def test_numbers_without_a_json_form_are_refused(number: float, wrap: Any, besid
 def test_null_is_a_value() -> None:
     """None, and the text null, are rows like others."""
     assert b'{"a":null,"b":"null"}' == encode_row({"a": None, "b": "null"})
+
+
+def test_rows_hold_no_more_than_their_bytes() -> None:
+    """Rows of a source that fans out widely wait in memory, and cost what they are long."""
+    tracemalloc.start()
+    try:
+        rows = [encode_row({"k": k}) for k in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] < 200 * len(rows)
+    finally:
+        tracemalloc.stop()
 
 
 Point = namedtuple("Point", "x")  # noqa: PYI024  # as users write it

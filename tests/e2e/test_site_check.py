@@ -1,0 +1,105 @@
+"""`site check` and `site new` against a real Slurm, and every shipped site before its sbatch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hpcresume import slurm
+from hpcresume.config import site_names
+from hpcresume.launch.rendering import render_array, render_merge
+from tests.support.cli import Command
+from tests.support.cluster import SlurmCluster
+from tests.unit.launch.jobs import array_job, merge_job, settings
+
+pytestmark = pytest.mark.slurm
+
+# What the testbed has not, or has under other names.
+ELSEWHERE = re.compile(
+    r"^#SBATCH --(partition|account|qos|constraint|dependency)=.*\n", re.MULTILINE
+)
+
+
+@pytest.fixture
+def command(slurm_cluster: SlurmCluster, tmp_path: Path) -> Command:
+    """Return the command in an empty directory, talking to the cluster, with a site path."""
+    here = {"HPCRESUME_SITE_PATH": str(tmp_path / "sites"), "XDG_CONFIG_HOME": str(tmp_path / "c")}
+    return Command(tmp_path, {**slurm_cluster.env, **here})
+
+
+def test_the_testbeds_site_agrees_with_its_slurm(command: Command) -> None:
+    """The shipped site of the testbed is recognised, and nothing in it is wrong."""
+    report = command.json("site", "check")
+
+    assert "testbed" == report["site"]
+    states = {finding["key"]: finding["state"] for finding in report["findings"]}
+    assert [] == [key for key, state in states.items() if state == "wrong"]
+    for key in ("job array", "merge job", "site.arrays", "site.max_array_size", "site.identify",
+                "site.kill_wait_s", "site.memory_style", "site.required"):  # fmt: skip
+        assert "ok" == states[key], key
+
+
+def test_what_contradicts_the_live_slurm_is_wrong(command: Command, tmp_path: Path) -> None:
+    """A site file that is not true is told so, with the live value, and the exit code is 15."""
+    path = tmp_path / "sites" / "off" / "site.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "[site]\nmax_array_size = 5000\nkill_wait_s = 77\n[request]\npartition = 'nowhere'\n"
+    )
+    path.chmod(0o644)
+
+    report = command.json("site", "check", "off", rc=15)
+
+    wrong = {f["key"]: f["write"] for f in report["findings"] if f["state"] == "wrong"}
+    assert "site.max_array_size = 1001" == wrong["site.max_array_size"]
+    assert "site.kill_wait_s = 5" == wrong["site.kill_wait_s"]
+    assert {"request.partition", "job array", "merge job", "site.identify"} <= set(wrong)
+
+
+def test_a_new_site_is_right_about_the_slurm_it_came_from(
+    command: Command, slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """The written file names the cluster, is recognised from then on, and passes the check."""
+    made = command.run("site", "new", "mine")
+    path = tmp_path / "sites" / "mine" / "site.toml"
+    assert str(path) == made.strip()
+    assert 'partition = "low"' in path.read_text()
+    before = path.read_bytes()
+
+    report = command.json("site", "check")
+
+    live = slurm.config(conf=slurm_cluster.conf)
+    assert ("mine", live["ClusterName"]) == (report["site"], report["cluster"])
+    assert [] == [f for f in report["findings"] if f["state"] == "wrong"]
+    command.run("site", "new", "mine", rc=15)
+    assert before == path.read_bytes()
+
+
+def test_every_shipped_sites_scripts_pass_sbatch(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """
+    A real sbatch takes the array's and the merge job's script of every shipped site, once
+    the names of things that this cluster has not are left out.
+    """
+    asked = {"account": "a", "partition": "p", "qos": "q", "constraint": "c", "time": "10",
+             "mem": "100M", "cpus_per_task": 1}  # fmt: skip
+    refused = {}
+    for name in site_names({}):
+        site = settings({"request": asked}, site=name)
+        index = None if site.settings.site.arrays else 0
+        array = array_job(run_dir=tmp_path, folder=tmp_path, log_dir=tmp_path, index=index)
+        for kind, text in (
+            ("array", render_array(array, site)),
+            ("merge", render_merge(merge_job(run_dir=tmp_path, log_dir=tmp_path), site)),
+        ):
+            script = tmp_path / "job.sh"
+            script.write_text(ELSEWHERE.sub("", text))
+            try:
+                slurm.would_accept(script=script, conf=slurm_cluster.conf)
+            except slurm.SlurmRefusedError as error:
+                refused[name, kind] = str(error)
+
+    assert {} == refused
