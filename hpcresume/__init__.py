@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpcresume.errors import HpcResumeError
+    from hpcresume.launch.trial import trial
     from hpcresume.pipeline.context import Context, Worker
     from hpcresume.pipeline.pipeline import Pipeline, Rows
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
+    from hpcresume.results.run import Run
 
     __version__: str
 
@@ -26,6 +28,7 @@ __all__ = [
     "Many",
     "Pipeline",
     "Rows",
+    "Run",
     "Source",
     "Stage",
     "Worker",
@@ -36,6 +39,7 @@ __all__ = [
     "lines",
     "rows",
     "stage",
+    "trial",
 ]
 
 _HOMES = {
@@ -45,6 +49,7 @@ _HOMES = {
     "Many": "hpcresume.pipeline.sentinels",
     "Pipeline": "hpcresume.pipeline.pipeline",
     "Rows": "hpcresume.pipeline.pipeline",
+    "Run": "hpcresume.results.run",
     "Source": "hpcresume.pipeline.sources",
     "Stage": "hpcresume.pipeline.stage",
     "Worker": "hpcresume.pipeline.context",
@@ -54,6 +59,7 @@ _HOMES = {
     "lines": "hpcresume.pipeline.sources",
     "rows": "hpcresume.pipeline.sources",
     "stage": "hpcresume.pipeline.stage",
+    "trial": "hpcresume.launch.trial",
 }
 
 

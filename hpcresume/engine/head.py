@@ -51,6 +51,7 @@ class RayHead:
 
     def __init__(self, temp: str, resources: HeadResources) -> None:
         self._temp = temp
+        before = signal.getsignal(signal.SIGTERM)
         store = min(_MAX_STORE_BYTES, resources.memory_bytes // 8, _shm_free() // 2)
         ray.init(
             address="local",
@@ -62,9 +63,9 @@ class RayHead:
             _temp_dir=temp,
             logging_level="warning",
         )
-        # ray.init installs a handler that exits; orders come over the pipe instead.
+        # ray.init installs a handler that exits, in place of the caller's.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, before)
         self._daemons = [child for child in psutil.Process().children() if child.name() in _DAEMONS]
         self._agents = [agent for daemon in self._daemons for agent in daemon.children()]
         self._closed = threading.Event()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,13 @@ from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
-from hpcresume.errors import HpcResumeError, LocalStorageError, StageStartError, describe
+from hpcresume.errors import (
+    HpcResumeError,
+    InternalError,
+    LocalStorageError,
+    StageStartError,
+    describe,
+)
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
@@ -302,7 +307,7 @@ def main(argv: list[str]) -> None:
     status = 0
     try:
         channel.send(Driver(spec, work, channel).run())
-    except EngineDiedError as error:
+    except (EngineDiedError, InternalError) as error:
         log.error("%s", error)  # noqa: TRY400  # the trace would be Ray's, not the user's
         status = error.exit_code
     except HpcResumeError as error:
@@ -311,7 +316,6 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # Ray's own shutdown takes a second and more; its processes end with this one.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os._exit(status)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import psutil
 
@@ -41,9 +42,19 @@ def die_with_parent(parent: int) -> None:
 
 
 def ignore_job_signals() -> None:
-    """Ignore the signals that Slurm sends to the job; orders come over the pipe."""
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    """Take no notice of the signals that Slurm sends to the job; orders come over the pipe.
+
+    SIGUSR2 stays ignored across exec, since under some process trackers it reaches Ray's
+    own processes, which it would end.  The others are handled by doing nothing, so that a
+    program that a stage starts has their default again.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, do_nothing)
+
+
+def do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Handle a signal by going on."""
 
 
 @dataclass(slots=True)

@@ -114,7 +114,7 @@ def make_scratch(local: str, *, run_id: str, name: str, attempt: str) -> Scratch
             os.mkdir(os.path.join(path, inner), 0o700)
         lock_fd = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ray_temp = make_ray_temp()
+        ray_temp = make_ray_temp(local)
         _write(path, _RAY_TEMP, ray_temp)
         _write(path, _NAME, attempt)
     except OSError as error:
@@ -148,14 +148,14 @@ def _read(directory: str, name: str) -> str:
     return ""
 
 
-def make_ray_temp() -> str:
+def make_ray_temp(local: str = "") -> str:
     """Create Ray's directory: mode 0700, node-local, short enough for its sockets.
 
     Raises:
         LocalStorageError: No directory will do.
     """
     tried = []
-    for parent in ("/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"):  # noqa: S108  # mkdtemp makes it private
+    for parent in (local, "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"):  # noqa: S108  # mkdtemp makes it private
         if not parent:
             continue
         try:
