@@ -36,6 +36,7 @@ COMMANDS = {
     "drive": ("hpcresume.cli.drive:drive", "Do the merge step from here until the run ends."),
     "render": ("hpcresume.cli.render:render", "Print the batch script of a submit."),
     "site": ("hpcresume.cli.site:site", "Show the sites that settings can come from."),
+    "doctor": ("hpcresume.cli.doctor:doctor", "Probe this node, its storage, Slurm and Ray."),
     "testbed": ("hpcresume.cli.testbed:testbed", "Run a real Slurm on this one machine."),
     "completion": ("hpcresume.cli.completion:completion", "Print a shell completion script."),
 }

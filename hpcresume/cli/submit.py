@@ -81,6 +81,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--engine", type=click.Choice(["ray", "inline"]), help="How stages run."),
         click.option("--workers", type=int, help="Workers per group of stages."),
         click.option("--local-dir", help="Node-local directory for the ledger."),
+        click.option(
+            "--env-file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Variables for the stages; only its path is recorded.",
+        ),
         click.option("--sync-interval", type=float, metavar="S", help="Publish every S seconds."),
         click.option("--signal-lead", type=int, metavar="S", help="Signal S s before the limit."),
         click.option("--max-attempts", type=int, metavar="N", help="Tries per source."),
@@ -141,6 +146,7 @@ def _flags(given: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, dict[s
         "sync": {"max_age_s": interval},
         "task": {
             "local_dir": given["local_dir"],
+            "env_file": str(given["env_file"].absolute()) if given["env_file"] else None,
             "workers": given["workers"],
             "signal_lead_s": given["signal_lead"],
             "engine": given["engine"],

@@ -63,6 +63,7 @@ class TaskSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """``[task]``: how one array task works on its shard."""
 
     local_dir: str
+    env_file: str
     workers: Count
     drain_s: Seconds
     signal_lead_s: WholeSeconds

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcresume.deadline import seconds_left
 from hpcresume.engine import children
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.chain import Chain, ChainPlace, run_now
@@ -37,7 +37,7 @@ class WorkerSetup:
         scratch: Node-local directory of the attempt.
         outputs: Node-local root for files of ``ctx.output``.
         mark: Path of the worker's mark; next to it, ``.fault`` holds its last words.
-        deadline: Monotonic time by which the attempt must be done, None without a limit.
+        local: Node-local directory of the attempt, where its deadline stands.
     """
 
     code: str
@@ -50,7 +50,7 @@ class WorkerSetup:
     scratch: str
     outputs: str
     mark: str
-    deadline: float | None
+    local: str
 
 
 class StageWorker:
@@ -97,8 +97,7 @@ class StageWorker:
         return Chain(pipeline, first=setup.first, stages=stages, place=place)
 
     def _seconds_left(self) -> float | None:
-        deadline = self._setup.deadline
-        return None if deadline is None else deadline - time.monotonic()
+        return seconds_left(self._setup.local)
 
     def run(self, inputs: Inputs, marked: bool) -> ChunkResult:  # noqa: FBT001  # a Ray call
         """Run a call; once broken, a worker runs nothing more, whatever is queued."""

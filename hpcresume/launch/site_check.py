@@ -187,8 +187,9 @@ class _Check:
             return
         self._complaint = self._refusal(self._script)
         yield _job("job array", self._complaint)
-        # The array that it would wait for does not exist.
-        yield _job("merge job", self._refusal(_without(merge, "dependency")))
+        if self._site.submit_from_compute:
+            # The array that it would wait for does not exist.
+            yield _job("merge job", self._refusal(_without(merge, "dependency")))
 
     def arrays(self) -> Iterator[Finding]:
         """Arrays, and how large they may be."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from hpcresume import slurm
 from hpcresume.config import Resolved, load_settings
+from hpcresume.config.env_file import read_env_file
 from hpcresume.engine.groups import make_groups
 from hpcresume.errors import HpcResumeError, SlurmMissingError, UsageError
 from hpcresume.launch.drive import LocalRun, Step, finish_run
@@ -72,6 +73,9 @@ def make_ready(submission: Submission) -> Ready:
     """
     cluster = choose_cluster(_wanted_cluster(submission))
     resolved = resolve(submission, cluster)
+    if resolved.settings.task.env_file:
+        # Every attempt reads it again; a mistake in it is better heard of now.
+        read_env_file(resolved.settings.task.env_file)
     prepared = prepare(
         submission.target,
         submission.params,

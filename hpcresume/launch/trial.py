@@ -573,7 +573,7 @@ class _Bench:
                 scratch=str(self.place / "scratch"),
                 outputs=str(self.place / "outputs"),
                 mark=mark,
-                deadline=None,
+                local=str(self.place),
             )
 
         gpus = math.ceil(sum(group.gpus * group.workers for group in groups))

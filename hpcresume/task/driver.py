@@ -18,6 +18,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from pyroaring import BitMap
 
+from hpcresume.deadline import seconds_left
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
@@ -176,7 +177,7 @@ class Driver:
                 run_id=run.run_id,
                 scratch=Path(scratch),
                 outputs=Path(outputs),
-                seconds_left=lambda: None,
+                seconds_left=lambda: seconds_left(spec.local),
             )
         # Ray reads its settings when it is imported.
         prepare_environment()
@@ -199,7 +200,7 @@ class Driver:
                 scratch=scratch,
                 outputs=outputs,
                 mark=mark,
-                deadline=self._deadline,
+                local=spec.local,
             )
 
         return RayPool(

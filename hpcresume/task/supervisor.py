@@ -30,7 +30,9 @@ from types import FrameType
 import msgspec
 
 from hpcresume import slurm
+from hpcresume.config.env_file import read_env_file
 from hpcresume.config.settings import Settings
+from hpcresume.deadline import write_deadline
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
 from hpcresume.merge.generation import read_task_union
@@ -164,6 +166,7 @@ class Supervisor:
         self._state = _State()
         self._signals = _Signals.install()
         self._end_time: float | None = None
+        self._told_deadline: float | None = None
         self._time_known = threading.Event()
         self._start = time.monotonic()
         self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
@@ -233,6 +236,8 @@ class Supervisor:
         )
         self._run.write_record(self._run.attempt_path(ref, "attempt.json"), info, label="attempt")
         task, site = self._settings.task, self._settings.site
+        if task.env_file:
+            os.environ.update(read_env_file(task.env_file))
         self._local = choose_local(task.local_dir, site.node_local, self._environ)
         name = f"{ref.round}-{ref.task}-{ref.epoch}"
         attempt = f"{self._run.run_id}-{name}"
@@ -379,6 +384,8 @@ class Supervisor:
             self._signals.look_at_time = False
             self._look_at_time(signalled=True)
         if self._time_known.is_set() and self._end_time is not None:
+            if self._state.stop_kind is None:
+                self._tell_deadline(self._end_time)
             budget = self._settings.task.drain_s + 2 * _MARGIN_S
             left = self._end_time - time.monotonic()
             if left < budget and self._state.stop_kind is None:
@@ -411,8 +418,15 @@ class Supervisor:
         state.stop_kind, state.stop_reason = kind, reason
         state.stop_deadline = time.monotonic() + drain_s
         say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
+        self._tell_deadline(state.stop_deadline)
         # Half of the budget is for what runs, half for publishing what it leads to.
         self._order_driver(Stop(time.monotonic() + drain_s / 2))
+
+    def _tell_deadline(self, deadline: float) -> None:
+        """Let the stages know by when they must be done, where that has changed."""
+        if deadline != self._told_deadline:
+            self._told_deadline = deadline
+            write_deadline(self._scratch.path, deadline)
 
     def _order_driver(self, order: DriverOrder) -> None:
         if self._driver is not None:

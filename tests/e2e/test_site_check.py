@@ -1,8 +1,10 @@
-"""`site check` and `site new` against a real Slurm, and every shipped site before its sbatch."""
+"""`site check`, `site new` and `doctor` at a real Slurm; every shipped site before its sbatch."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,25 @@ def test_every_shipped_sites_scripts_pass_sbatch(
                 refused[name, kind] = str(error)
 
     assert {} == refused
+
+
+def test_doctor_on_a_node_knows_its_disk_and_its_slurm(slurm_cluster: SlurmCluster) -> None:
+    """
+    Within a job, doctor finds the node's own disk, a run directory that every node sees,
+    and the live Slurm's settings; nothing is wrong.
+    """
+    shared = slurm_cluster.folder("runs")
+    setting = f"HPCRESUME_TASK__LOCAL_DIR={slurm_cluster.scratch}"
+    command = [sys.executable, "-m", "hpcresume", "doctor", str(shared), "--json"]
+
+    out = slurm_cluster.run("srun", "-n1", "env", setting, *command, timeout_s=120)
+
+    report = json.loads(out)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert 0 == report["wrong"]
+    assert checks[str(slurm_cluster.scratch)]["found"].startswith("usable")
+    live = slurm.config(conf=slurm_cluster.conf)
+    assert live["KillWait"] == checks["KillWait"]["found"]
+    assert live["ClusterName"] in checks["controller"]["found"]
+    assert "low REQUEUE with 15 s of grace" in checks["preemption"]["found"]
+    assert [] == list(shared.iterdir())

@@ -343,3 +343,32 @@ def test_engines_agree(desk: Desk, engine: str) -> None:
     ok(desk.submit("fan.py", "--run-dir", "run", "--engine", engine, "-P", "ms=0", "-P", "n=40"))
 
     assert fan_result(40) == desk.rows("run")
+
+
+def test_env_file(desk: Desk) -> None:
+    """Stages see its variables, by either engine; the run directory holds its path alone."""
+    desk.write(
+        "p.py",
+        """
+        import os
+
+        def length(i):
+            return len(os.environ["API_TOKEN"])
+
+        def pipeline() -> hr.Pipeline:
+            return hr.Pipeline(name="env", sources=hr.indexed(2), stages=[length])
+    """,
+    )
+    secret = desk.path / "secret.env"
+    secret.write_text("API_TOKEN=correct-horse-battery\n")
+    secret.chmod(0o600)
+
+    ok(desk.submit("p.py", "--run-dir", "run", "--env-file", "secret.env"), "2 completed")
+
+    assert b"21\n21\n" == desk.rows("run")
+    held = b"".join(p.read_bytes() for p in (desk.path / "run").rglob("*") if p.is_file())
+    assert b"secret.env" in held
+    assert b"correct-horse" not in held
+    secret.chmod(0o644)
+    refused = desk.submit("p.py", "--run-dir", "other", "--env-file", "secret.env")
+    assert (15, True) == (refused.code, "chmod 600" in refused.err)

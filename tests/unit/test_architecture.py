@@ -14,7 +14,7 @@ from tests.support.places import REPOSITORY, run_child
 
 PACKAGE = REPOSITORY / "hpcresume"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "ids", "failpoints"}
+FLOOR = {"errors", "ids", "failpoints", "deadline"}
 """What every room may import."""
 
 RUN = {"fs", "segment", "run"}
@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "ids": set(),
     "failpoints": set(),
+    "deadline": set(),
     "fs": set(),
     "config": set(),
     "slurm": set(),

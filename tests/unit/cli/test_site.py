@@ -186,6 +186,18 @@ def test_without_accounting_limits_are_unknown(hpcresume, slurm_says, site_file)
     assert "wrong" == found["site.kill_wait_s"][0]["state"]
 
 
+def test_where_jobs_may_not_submit_there_is_no_merge_job_to_check(hpcresume, slurm_says, site_file):
+    """The merge job is asked about only where one would be submitted."""
+    slurm_says()
+    site_file("[site]\nsubmit_from_compute = false\n[request]\ntime = '10'\n")
+
+    found = findings(hpcresume("site", "check", "--json"))
+
+    assert "job array" in found
+    assert "merge job" not in found
+    assert "ok" == found["site.submit_from_compute"][0]["state"]
+
+
 def test_a_slurm_without_arrays_is_told(hpcresume, slurm_says, site_file):
     """MaxArraySize below 2 means single jobs."""
     slurm_says(config=CONFIG.replace("= 500", "= 1"))
