@@ -8,6 +8,7 @@ a list.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,13 +19,13 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import orjson
+import psutil
 from pyroaring import BitMap
 
 from hpcresume.config import Settings, load_settings
@@ -535,7 +536,7 @@ class _Bench:
             executor.flush_completed()
             memory.look(now=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _pool(self, groups: list[Group]) -> Iterator[Pool]:
         if self.engine == "ray":
             with self._ray_pool(groups) as pool:
@@ -555,7 +556,7 @@ class _Bench:
         finally:
             inline.close(_CLOSE_S)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _ray_pool(self, groups: list[Group]) -> Iterator[Pool]:
         assert self.loaded is not None
         code = self.place / "code"
@@ -587,7 +588,7 @@ class _Bench:
             finally:
                 pool.close(_CLOSE_S)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _ray_head(self, gpus: int) -> Iterator[RayHead]:
         before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
         _refuse_second_ray()
@@ -605,8 +606,11 @@ class _Bench:
             try:
                 yield head
             finally:
+                processes = _processes_below(temp)
                 head.close()
+                _end(processes)
         finally:
+            # Once more: a process of Ray's that was ending may have made it anew.
             shutil.rmtree(temp, ignore_errors=True)
             for name in [name for name in os.environ if name.startswith("RAY_")]:
                 del os.environ[name]
@@ -691,8 +695,6 @@ class _Memory:
 
     def _find_workers(self, marks: str) -> None:
         """Find Ray's workers by the file that each keeps open for its last words."""
-        import psutil
-
         for process in psutil.Process().children(recursive=True):
             if process.pid in self._workers:
                 continue
@@ -727,7 +729,7 @@ def _high_water_bytes(pid: int) -> int:
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _workplace() -> Iterator[Path]:
     """Yield a temporary directory, removed at the end, also where SIGTERM is that end."""
     path = Path(tempfile.mkdtemp(prefix="hpcresume-trial-"))
@@ -740,7 +742,7 @@ def _workplace() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _kept_handler() -> Iterator[None]:
     """Put back the handler of SIGTERM that the start of a Ray head replaces."""
     before = signal.getsignal(signal.SIGTERM)
@@ -751,7 +753,7 @@ def _kept_handler() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -762,6 +764,25 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _processes_below(temp: str) -> list[psutil.Process]:
+    """Return the processes of the Ray head in ``temp``, and what these have started."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(temp in word for word in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait until processes that were told to end have done so, and kill what does not."""
+    _, left = psutil.wait_procs(processes, timeout=_CLOSE_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_CLOSE_S)
 
 
 def _refuse_second_ray() -> None:
