@@ -30,7 +30,6 @@ import errno
 import hashlib
 import os
 import secrets
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,21 +89,6 @@ class FileSystem(Protocol):
 
     def drop_cache(self, path: str) -> None:
         """Ask that the next read comes from storage; a hint, never an error."""
-
-
-class Clock(Protocol):
-    """Time that durations are measured with."""
-
-    def monotonic(self) -> float:
-        """Return seconds that never go back."""
-
-
-class SystemClock:
-    """The machine's own clock."""
-
-    def monotonic(self) -> float:
-        """Return seconds that never go back."""
-        return time.monotonic()
 
 
 class _PosixHandle:

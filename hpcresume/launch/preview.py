@@ -102,8 +102,7 @@ def preview(submission: Submission, loaded: LoadedPipeline, resolved: Resolved) 
         resolved: The settings, likewise.
 
     Raises:
-        HpcResumeError: The run directory cannot be read, the sources not be listed, or the
-            site not take so many tasks.
+        HpcResumeError: The run directory cannot be read, or the sources not be listed.
     """
     path = _run_path(submission, loaded)
     exists = _is_run(path)

@@ -601,8 +601,7 @@ class _Bench:
         resources = HeadResources(given.cpus, max(gpus, given.gpus), given.memory_bytes)
         temp = make_ray_temp()
         try:
-            with _kept_handler():
-                head = RayHead(temp, resources)
+            head = RayHead(temp, resources)
             try:
                 yield head
             finally:
@@ -740,17 +739,6 @@ def _workplace() -> Iterator[Path]:
             yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _kept_handler() -> Iterator[None]:
-    """Put back the handler of SIGTERM that the start of a Ray head replaces."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

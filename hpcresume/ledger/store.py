@@ -21,7 +21,7 @@ import contextlib
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -409,11 +409,6 @@ def set_aside(path: str) -> str:
     with contextlib.suppress(OSError):
         os.rename(path, target)
     return target
-
-
-def pending_bytes(commits: Sequence[tuple[int, Commit]]) -> int:
-    """Return the bytes of frames in commits."""
-    return sum(len(frame) for _, commit in commits for frame in commit.frames)
 
 
 def _damaged(path: str, why: str) -> CorruptDataError:

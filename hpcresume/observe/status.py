@@ -199,7 +199,7 @@ def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
     union = read_union(run, max_attempts=max_attempts)
     unasked = _look_for_life(rounds[-1], ask_slurm=ask_slurm) if rounds else ""
     sources = _count_sources(run, union, rounds)
-    allowed = int(float(run.fingerprint().get("tolerate", 0.0)) * sources.total + 1e-9)
+    allowed = run.tolerated(sources.total)
     state, reason = _state_of(run, union, rounds, sources, allowed)
     rate = _rate(rounds) if state == "running" else None
     return Status(

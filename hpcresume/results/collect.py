@@ -120,12 +120,6 @@ def scope_of(manifest: Manifest, union: Union) -> Scope:
     return Scope(wanted, union.completed - withdrawn, union.quarantined() - withdrawn)
 
 
-def tolerated(run: RunDir, total: int) -> int:
-    """Return how many quarantined sources leave a run complete."""
-    # The tolerance is a decimal fraction: 0.07 of 100 must be 7, not 7.000000000000001 cut.
-    return int(float(run.fingerprint().get("tolerate", 0.0)) * total + 1e-9)
-
-
 def collect(
     run: RunDir,
     output: Path,
@@ -225,7 +219,7 @@ class _Job:
             total=scope.wanted,
             missing=scope.wanted - len(scope.completed) - len(scope.quarantined),
             quarantined=len(scope.quarantined),
-            tolerated=tolerated(self.run, scope.wanted),
+            tolerated=self.run.tolerated(scope.wanted),
             size_bytes=size_bytes,
             files=self.linker.count if self.linker is not None else 0,
             damaged=damaged,

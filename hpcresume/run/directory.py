@@ -332,6 +332,11 @@ class RunDir:
         accepted = self.read_record(path, _Accepted)
         return self.info.fingerprint if accepted is None else accepted.fingerprint
 
+    def tolerated(self, total: int) -> int:
+        """Return how many of ``total`` sources may end quarantined in a complete run."""
+        # The tolerance is a decimal fraction: 0.07 of 100 must be 7, not 6.999 cut to 6.
+        return int(float(self.fingerprint().get("tolerate", 0.0)) * total + 1e-9)
+
     def accept_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Record a fingerprint that replaces the one before."""
         while True:

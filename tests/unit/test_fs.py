@@ -14,7 +14,6 @@ from hpcresume.errors import CorruptDataError, SharedStorageError
 from hpcresume.fs import (
     TEMPORARY_PREFIX,
     PosixFileSystem,
-    SystemClock,
     digest_of,
     ensure_directory,
     list_names,
@@ -209,12 +208,6 @@ def test_short_reads_are_put_together(tmp_path: Path, monkeypatch) -> None:
     assert bytes(range(50, 150)) == PosixFileSystem().read(str(tmp_path / "f"), 50, 100)
     assert bytes(range(150, 200)) == PosixFileSystem().read(str(tmp_path / "f"), 150, 100)
     assert b"" == PosixFileSystem().read(str(tmp_path / "f"), 500, 100)
-
-
-def test_the_clock_does_not_go_back() -> None:
-    """Two readings of the clock are in order."""
-    clock = SystemClock()
-    assert clock.monotonic() <= clock.monotonic()
 
 
 # -- the simulated server ---------------------------------------------------------------------

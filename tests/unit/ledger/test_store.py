@@ -19,7 +19,6 @@ from hpcresume.ledger.store import (
     Ledger,
     LedgerIdentity,
     LedgerState,
-    pending_bytes,
     set_aside,
 )
 from hpcresume.segment.segment import Progress, StageCount, Writer
@@ -95,7 +94,7 @@ def test_pending_stops_at_a_size(ledger: Ledger) -> None:
     """No further commit is begun beyond the limit; the rest comes with the next call."""
     for source in range(5):
         ledger.commit(Batch(frames=[frame([source]) * 50]))
-    size = pending_bytes(list(ledger.pending())) // 5
+    size = sum(len(f) for _, commit in ledger.pending() for f in commit.frames) // 5
     first = sequences(ledger, limit_bytes=2 * size)
     assert [1, 2] == first
     assert [3, 4, 5] == sequences(ledger, after=first[-1], limit_bytes=1 << 30)
