@@ -480,17 +480,17 @@ def ping(*, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> b
     return "is UP" in stdout
 
 
-def add_cluster(
-    cluster: str, *, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+def change_accounting(
+    words: Sequence[str], *, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> None:
-    """Register a cluster with slurmdbd, before its slurmctld starts for the first time.
+    """Change clusters, accounts, users or limits in slurmdbd: ``["add", "cluster", "c1"]``.
 
     Raises:
         SlurmMissingError: There is no sacctmgr here.
         SlurmUnreachableError: slurmdbd does not answer.
         SlurmRefusedError: slurmdbd refused.
     """
-    _run(["sacctmgr", "-i", "add", "cluster", cluster], conf=conf, timeout_s=timeout_s)
+    _run(["sacctmgr", "-i", *words], conf=conf, timeout_s=timeout_s)
 
 
 def accounting(

@@ -45,8 +45,8 @@ def _directory_option(command: _CommandT) -> _CommandT:
 def testbed() -> None:
     """Run a real Slurm on this one machine, made of the distribution's own packages.
 
-    Several nodes, each with its own disk; two partitions with preemption; accounting;
-    memory limits where cgroup v1 is there.  Needs root.  DIRECTORY defaults to
+    Several nodes, each with its own disk; partitions with preemption; accounting; memory
+    limits where cgroup v1 is there.  Needs root.  DIRECTORY defaults to
     $XDG_STATE_HOME/hpcresume/testbed (~/.local/state/hpcresume/testbed).
 
     \b
@@ -80,6 +80,18 @@ def testbed() -> None:
     help="How Slurm follows processes; only cgroup limits memory.",
 )
 @click.option("--no-accounting", is_flag=True, help="Without slurmdbd: sacct does not answer.")
+@click.option(
+    "--max-array-size",
+    type=click.IntRange(2),
+    default=1001,
+    show_default=True,
+    help="Slurm's MaxArraySize: the largest index of an array is one less.",
+)
+@click.option(
+    "--max-submit",
+    type=click.IntRange(1),
+    help="Jobs that one user may have in the queue.  [default: no limit]",
+)
 @click.option("--install", is_flag=True, help="Install what is missing, with apt, as root.")
 @json_option
 def up(
@@ -90,6 +102,8 @@ def up(
     memory_mb: int | None,
     proctrack: Literal["auto", "cgroup", "linuxproc"],
     no_accounting: bool,
+    max_array_size: int,
+    max_submit: int | None,
     install: bool,
     as_json: bool,
 ) -> None:
@@ -111,6 +125,8 @@ def up(
         memory_mb=memory_mb,
         proctrack=proctrack,
         accounting=not no_accounting,
+        max_array_size=max_array_size,
+        max_submit=max_submit,
     )
     if as_json:
         emit_json(_as_json(bed))
@@ -181,7 +197,8 @@ def status(directory: Path, as_json: bool) -> None:
 def preempt(job: str, hold_s: int, directory: Path, as_json: bool) -> None:
     """Preempt the running job JOB (an id, or ARRAY_INDEX) by one that needs its node.
 
-    JOB must run in the partition low; it has a grace period of 15 s.
+    The partition of JOB decides what it gets: low 15 s of grace and a requeue, nograce a
+    requeue without grace, cancel 10 s of grace and its end.
 
     \b
     Example:
@@ -236,6 +253,35 @@ def restore_node(node: str, directory: Path, as_json: bool) -> None:
         emit_json({"node": node, "alive": True})
     else:
         say(f"{node}: slurmd started", err=True)
+
+
+@testbed.command("controller")
+@click.argument("action", type=click.Choice(["pause", "continue", "fail", "restore"]))
+@_directory_option
+@json_option
+def controller(action: str, directory: Path, as_json: bool) -> None:
+    """Freeze slurmctld and thaw it, or kill it and start it again.
+
+    Slurm's commands get no answer from a paused one, and are refused by a failed one.
+
+    \b
+    Example:
+      hpcresume testbed controller pause
+      hpcresume testbed controller continue
+    """
+    from hpcresume import testbed as beds
+
+    actions = {
+        "pause": beds.pause_controller,
+        "continue": beds.continue_controller,
+        "fail": beds.fail_controller,
+        "restore": beds.restore_controller,
+    }
+    actions[action](directory)
+    if as_json:
+        emit_json({"controller": action})
+    else:
+        say(f"slurmctld: {action}", err=True)
 
 
 def _as_json(bed: Testbed) -> dict[str, Any]:

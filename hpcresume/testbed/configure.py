@@ -15,6 +15,8 @@ _PORTS = range(20_000, 32_000)
 
 _PARTITIONS = {
     "low": "DefaultTime=60 Default=YES PriorityTier=1 GraceTime=15 PreemptMode=REQUEUE",
+    "nograce": "DefaultTime=60 PriorityTier=1 GraceTime=0 PreemptMode=REQUEUE",
+    "cancel": "DefaultTime=60 PriorityTier=1 GraceTime=10 PreemptMode=CANCEL",
     "high": "DefaultTime=60 PriorityTier=10 PreemptMode=OFF",
 }
 
@@ -105,6 +107,7 @@ def _behaviour(state: State) -> dict[str, object]:
         "KillWait": 5,
         "SlurmdTimeout": 20,
         "ReturnToService": 2,
+        "MaxArraySize": state.max_array_size,
         "MpiDefault": "none",
         "PropagateResourceLimits": "NONE",
     }
@@ -113,7 +116,10 @@ def _behaviour(state: State) -> dict[str, object]:
 def _accounting(state: State, layout: Layout) -> dict[str, object]:
     if not state.accounting:
         return {"AccountingStorageType": "accounting_storage/none"}
+    # Only with limits: jobs of users without an association are then refused.
+    enforced = {"AccountingStorageEnforce": "limits"} if state.max_submit is not None else {}
     return {
+        **enforced,
         "AccountingStorageType": "accounting_storage/slurmdbd",
         "AccountingStorageHost": "localhost",
         "AccountingStoragePort": state.ports.slurmdbd,

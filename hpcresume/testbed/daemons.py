@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import socket
@@ -79,7 +80,20 @@ def start_slurmdbd(state: State, layout: Layout) -> None:
     """Start slurmdbd and register the cluster, without which slurmctld would not start."""
     daemon = _start(state, layout, "slurmdbd", ["slurmdbd", "-D"])
     _await(daemon, layout, lambda: _listens(state.ports.slurmdbd), timeout_s=60)
-    slurm.add_cluster(state.cluster_name, conf=layout.conf)
+    slurm.change_accounting(["add", "cluster", state.cluster_name], conf=layout.conf)
+    if state.max_submit is not None:
+        _limit_submits(state.max_submit, conf=layout.conf)
+
+
+def _limit_submits(jobs: int, *, conf: Path) -> None:
+    """Let every user of this machine have so many jobs, through the default QOS."""
+    users = ",".join(sorted(entry.pw_name for entry in pwd.getpwall()))
+    for words in (
+        ["modify", "qos", "normal", "set", f"MaxSubmitJobsPerUser={jobs}"],
+        ["add", "account", "everyone"],
+        ["add", "user", users, "account=everyone"],
+    ):
+        slurm.change_accounting(words, conf=conf)
 
 
 def start_slurmctld(state: State, layout: Layout) -> Daemon:

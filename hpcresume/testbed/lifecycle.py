@@ -34,6 +34,8 @@ from hpcresume.testbed.state import (
 )
 
 _PORT_TRIES = 3
+_CONTROLLER = "slurmctld"
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def up(
     memory_mb: int | None = None,
     proctrack: Literal["auto", "cgroup", "linuxproc"] = "auto",
     accounting: bool = True,
+    max_array_size: int = DEFAULT_MAX_ARRAY_SIZE,
+    max_submit: int | None = None,
 ) -> Testbed:
     """Bring up a Slurm of ``nodes`` nodes on this machine and wait until they are idle.
 
@@ -88,12 +92,20 @@ def up(
             a step's first process; ``linuxproc`` signals all of them.  ``auto``: cgroup
             where cgroup v1 is there.
         accounting: With slurmdbd and MariaDB, so that ``sacct`` answers.
+        max_array_size: Slurm's ``MaxArraySize``: the largest array index is one less.
+        max_submit: How many jobs one user may have in the queue, elements of arrays each
+            counted; needs ``accounting``.  Only users in the password database may submit.
 
     Raises:
         TestbedError: Something is missing, a testbed is up there already, or a daemon did
             not start; then everything started is ended again and the logs stay.
     """
     packages.require(accounting=accounting)
+    if max_submit is not None and not accounting:
+        raise TestbedError(
+            "a limit of submitted jobs is kept by slurmdbd, and this testbed is to have none. "
+            "Leave out either --max-submit or --no-accounting"
+        )
     layout = _layout(directory)
     kind = _proctrack(proctrack)
     _own(layout)
@@ -107,6 +119,8 @@ def up(
                 memory_mb=memory_mb,
                 proctrack=kind,
                 accounting=accounting,
+                max_array_size=max_array_size,
+                max_submit=max_submit,
             )
             try:
                 _bring_up(state, layout)
@@ -154,11 +168,11 @@ def status(directory: Path) -> Testbed | None:
 
 
 def preempt(directory: Path, job: str, *, hold_s: int = 30) -> slurm.JobId:
-    """Preempt a running job of the partition ``low`` by a job that needs its whole node.
+    """Preempt a running job by a job in the partition ``high`` that needs its whole node.
 
     Args:
         directory: The testbed's directory.
-        job: Job id, or ``array_index``; must be running.
+        job: Job id, or ``array_index``; must be running in any partition but ``high``.
         hold_s: How long the preempting job keeps the node.
 
     Returns:
@@ -191,15 +205,7 @@ def fail_node(directory: Path, node: str) -> None:
     layout = _layout(directory)
     with FileLock(layout.lock):
         state, layout = _require_up(directory)
-        name = f"slurmd-{state.node(node).name}"
-        daemon = _daemon(state, name)
-        if daemon is None or not processes.alive(daemon):
-            raise TestbedError(f"{name} is not running. To start it: restore_node", node=node)
-        # Forgotten first: a daemon that is recorded and dead counts as one that crashed.
-        state.daemons.remove(daemon)
-        save(state)
-        processes.send(daemon, signal.SIGKILL)
-        processes.wait_until(lambda: not processes.alive(daemon), 10)
+        _kill(state, _running(state, f"slurmd-{state.node(node).name}"))
 
 
 def restore_node(directory: Path, node: str) -> None:
@@ -216,6 +222,77 @@ def restore_node(directory: Path, node: str) -> None:
         if daemon is not None and processes.alive(daemon):
             raise TestbedError(f"slurmd of {node} is running", node=node)
         daemons.start_slurmd(state, layout, known)
+
+
+def pause_controller(directory: Path) -> None:
+    """Freeze slurmctld with SIGSTOP: Slurm's commands wait for an answer that does not come.
+
+    What they asked takes effect when it is continued, also if they gave up meanwhile.
+
+    Raises:
+        TestbedError: No testbed is up, or its slurmctld is dead.
+    """
+    _signal_controller(directory, signal.SIGSTOP)
+
+
+def continue_controller(directory: Path) -> None:
+    """Thaw a frozen slurmctld; harmless where it runs.
+
+    Raises:
+        TestbedError: No testbed is up, or its slurmctld is dead.
+    """
+    _signal_controller(directory, signal.SIGCONT)
+
+
+def fail_controller(directory: Path) -> None:
+    """Kill slurmctld with SIGKILL: Slurm's commands are refused at once; jobs run on.
+
+    Raises:
+        TestbedError: No testbed is up, or its slurmctld is dead already.
+    """
+    layout = _layout(directory)
+    with FileLock(layout.lock):
+        state, layout = _require_up(directory)
+        _kill(state, _running(state, _CONTROLLER))
+
+
+def restore_controller(directory: Path) -> None:
+    """Start a killed slurmctld again and wait until it answers; it knows its jobs.
+
+    Raises:
+        TestbedError: No testbed is up, its slurmctld runs, or it does not start.
+    """
+    layout = _layout(directory)
+    with FileLock(layout.lock):
+        state, layout = _require_up(directory)
+        daemon = _daemon(state, _CONTROLLER)
+        if daemon is not None and processes.alive(daemon):
+            raise TestbedError("slurmctld is running")
+        daemons.await_slurmctld(daemons.start_slurmctld(state, layout), layout)
+
+
+def _signal_controller(directory: Path, number: signal.Signals) -> None:
+    state, _ = _require_up(directory)
+    processes.send(_running(state, _CONTROLLER), number)
+
+
+def _running(state: State, name: str) -> Daemon:
+    daemon = _daemon(state, name)
+    if daemon is None or not processes.alive(daemon):
+        raise TestbedError(
+            f"{name} is not running. To start it: hpcresume testbed restore-node, or "
+            "hpcresume testbed controller restore",
+            daemon=name,
+        )
+    return daemon
+
+
+def _kill(state: State, daemon: Daemon) -> None:
+    # Forgotten first: a daemon that is recorded and dead counts as one that crashed.
+    state.daemons.remove(daemon)
+    save(state)
+    processes.send(daemon, signal.SIGKILL)
+    processes.wait_until(lambda: not processes.alive(daemon), 10)
 
 
 def _layout(directory: Path) -> Layout:
@@ -277,6 +354,8 @@ def _new_state(
     memory_mb: int | None,
     proctrack: Proctrack,
     accounting: bool,
+    max_array_size: int,
+    max_submit: int | None,
 ) -> State:
     ports = configure.free_ports(nodes + 2)
     cluster = f"tb{secrets.token_hex(3)}"
@@ -289,6 +368,8 @@ def _new_state(
         cpus_per_node=cpus_per_node,
         memory_mb=memory_mb or _share_of_memory_mb(nodes),
         ports=Ports(slurmctld=ports[0], slurmdbd=ports[1]),
+        max_array_size=max_array_size,
+        max_submit=max_submit,
         nodes=[Node(f"{cluster}n{i}", port) for i, port in enumerate(ports[2:], start=1)],
         daemons=[],
     )
@@ -338,7 +419,7 @@ def _take_down(state: State, layout: Layout) -> None:
         # Nothing of what ends must be saved, so that SIGKILL is enough for jobs and nodes.
         processes.end(nodes, grace_s=0)
         processes.kill_members(layout.scratch)
-        processes.end([d for d in state.daemons if d.name == "slurmctld"], grace_s=0)
+        processes.end([d for d in state.daemons if d.name == _CONTROLLER], grace_s=0)
         processes.end([d for d in state.daemons if d.name == "slurmdbd"], grace_s=0)
         processes.end(state.daemons, grace_s=0)
         if not cgroups.remove([node.name for node in state.nodes]):

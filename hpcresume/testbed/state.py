@@ -55,6 +55,8 @@ class State(msgspec.Struct):
     cpus_per_node: int
     memory_mb: int
     ports: Ports
+    max_array_size: int
+    max_submit: int | None
     nodes: list[Node]
     daemons: list[Daemon]
     schema: int = 1

@@ -133,6 +133,100 @@ while [ ! -e {folder}/stop ]; do sleep 0.1; done'
     assert 1 == slurm_cluster.show(job).restarts
 
 
+def test_a_partition_without_grace_requeues_at_once(slurm_cluster: SlurmCluster) -> None:
+    """In ``nograce`` a preempted job is requeued without a grace period."""
+    folder = slurm_cluster.folder("nograce")
+    body = f"""
+echo ${{SLURM_RESTART_COUNT:-0}} >> {folder}/started
+while [ ! -e {folder}/stop ]; do sleep 0.1; done
+"""
+    job = slurm_cluster.submit(body, "--requeue", "-p", "nograce")
+    started = folder / "started"
+    slurm_cluster.wait_until(started.exists, 30, "the job runs")
+
+    slurm_cluster.preempt(job, hold_s=1)
+
+    slurm_cluster.wait_until(
+        lambda: started.read_text().split() == ["0", "1"], 60, started.read_text
+    )
+    (folder / "stop").touch()
+    assert ["COMPLETED"] == slurm_cluster.wait_ended(job)
+
+
+def test_a_partition_can_end_what_it_preempts(slurm_cluster: SlurmCluster) -> None:
+    """In ``cancel`` a job that leaves when its grace period starts ends, and is not requeued."""
+    body = "exec srun bash -c 'trap \"exit 0\" TERM; while :; do sleep 0.1; done'"
+    job = slurm_cluster.submit(body, "--requeue", "-p", "cancel")
+    slurm_cluster.wait_running(job)
+
+    slurm_cluster.preempt(job, hold_s=1)
+
+    (state,) = slurm_cluster.wait_ended(job)
+    assert state in {"PREEMPTED", "COMPLETED"}
+    assert 0 == slurm_cluster.show(job).restarts
+
+
+def test_a_paused_controller_answers_late(slurm_cluster: SlurmCluster) -> None:
+    """While slurmctld is frozen a submission is not answered; it takes effect afterwards."""
+    name = "late"
+    with slurm_cluster.paused_controller():
+        with pytest.raises(slurm.SlurmUnreachableError, match="may still take effect"):
+            slurm.queue(conf=slurm_cluster.conf, timeout_s=2)
+        script = slurm_cluster.folder("late") / "job.sh"
+        script.write_text("#!/bin/sh\ntrue\n")
+        options = ["-J", name, "-o", "/dev/null"]
+        with pytest.raises(slurm.SlurmUnreachableError):
+            slurm.sbatch(options, script=script, conf=slurm_cluster.conf, timeout_s=2)
+
+    slurm_cluster.wait_until(
+        lambda: len(slurm.queue(name=name, conf=slurm_cluster.conf)) == 1, 30, "the job is there"
+    )
+
+
+def test_a_killed_controller_knows_its_jobs_when_it_is_back(slurm_cluster: SlurmCluster) -> None:
+    """A job runs on while slurmctld is dead, and its end is known after the restart."""
+    folder = slurm_cluster.folder("outage")
+    job = slurm_cluster.submit(f"while [ ! -e {folder}/stop ]; do sleep 0.1; done")
+    slurm_cluster.wait_running(job)
+    with slurm_cluster.killed_controller():
+        with pytest.raises(slurm.SlurmUnreachableError):
+            slurm.queue([job], conf=slurm_cluster.conf, timeout_s=5)
+        (folder / "stop").touch()
+
+    assert ["COMPLETED"] == slurm_cluster.wait_ended(job, 120)
+
+
+def test_limits_of_arrays_and_submissions_are_enforced() -> None:
+    """
+    With MaxArraySize 8 the largest index is 7, and with a limit of 4 jobs a fifth element is
+    refused while fewer are taken, for root and for an ordinary user.
+    """
+    with cluster(nodes=1, max_array_size=8, max_submit=4) as made:
+        script = made.folder("limits") / "job.sh"
+        script.write_text("#!/bin/sh\ntrue\n")
+        options = ["--hold", "-o", "/dev/null", "-D", "/"]
+
+        def refusal(array: str) -> str:
+            with pytest.raises(slurm.SlurmRefusedError) as caught:
+                slurm.sbatch([*options, "-a", array], script=script, conf=made.conf)
+            return str(caught.value)
+
+        assert "Invalid job array specification" in refusal("0-8%1")
+        assert "MaxSubmitJob" in refusal("0-4")
+        slurm.sbatch([*options, "-a", "7,1-3"], script=script, conf=made.conf)
+        assert "MaxSubmitJob" in refusal("0")
+        made.run(
+            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+            *("sbatch", *options, "-a", "0-3", str(script)),
+        )
+
+
+def test_a_limit_of_submissions_needs_accounting() -> None:
+    """The limit is kept by slurmdbd, so it is refused without."""
+    with bare_directory() as directory, pytest.raises(TestbedError, match="--max-submit"):
+        testbed.up(directory, accounting=False, max_submit=4)
+
+
 def test_preempt_refuses_a_job_that_does_not_run(slurm_cluster: SlurmCluster) -> None:
     """Preempting an unknown job is an error that names it."""
     with pytest.raises(TestbedError, match="job 99999 cannot be preempted"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -123,6 +124,57 @@ class SlurmCluster:
         """Preempt a running low job; return the preemptor's id."""
         return testbed.preempt(self.directory, job, hold_s=hold_s)
 
+    def change(self, entity: str, **fields: object) -> None:
+        """Change a partition or node by ``scontrol update``: ``change("NodeName=n1", State=...)``.
+
+        What a test changes of a partition it changes back; nodes are resumed by ``clear``.
+        """
+        slurm.update([entity, *(f"{k}={v}" for k, v in fields.items())], conf=self.conf)
+
+    def drain(self, node: str) -> None:
+        """Let no further job start on a node; what runs there goes on."""
+        self.change(f"NodeName={node}", State="DRAIN", Reason="test")
+
+    def resume(self, node: str) -> None:
+        """Take a drained node into use again."""
+        self.change(f"NodeName={node}", State="RESUME")
+
+    def set_time_limit(self, job: str, limit: str) -> None:
+        """Change the time limit of a job or element: minutes, or ``MM:SS``."""
+        self.change(f"JobId={job}", TimeLimit=limit)
+
+    @contextlib.contextmanager
+    def paused_controller(self) -> Iterator[None]:
+        """Freeze slurmctld: no command gets an answer, and what was asked may happen later."""
+        testbed.pause_controller(self.directory)
+        try:
+            yield
+        finally:
+            testbed.continue_controller(self.directory)
+            self.wait_until(lambda: slurm.ping(conf=self.conf), 60, "slurmctld answers")
+
+    @contextlib.contextmanager
+    def killed_controller(self) -> Iterator[None]:
+        """Kill slurmctld and start it again afterwards; it forgets nothing that happened before."""
+        self._wait_saved()
+        testbed.fail_controller(self.directory)
+        try:
+            yield
+        finally:
+            testbed.restore_controller(self.directory)
+
+    def _wait_saved(self) -> None:
+        # slurmctld saves some seconds after a change; a held job's name shows that it did.
+        name = f"saved-{secrets.token_hex(4)}"
+        job = self.submit("true", "--hold", "-J", name)
+        saved = self.directory / "save" / "job_state"
+        self.wait_until(
+            lambda: saved.exists() and name.encode() in saved.read_bytes(),
+            30,
+            "slurmctld saves its state",
+        )
+        slurm.cancel([job], conf=self.conf)
+
     def kill_node(self, node: str) -> None:
         """Kill a node's slurmd; its jobs run on as zombies."""
         testbed.fail_node(self.directory, node)
@@ -160,8 +212,8 @@ class SlurmCluster:
 
     def clear(self) -> None:
         """Cancel all jobs, bring killed and drained nodes back, empty the scratch."""
-        for partition in ("low", "high"):
-            self.run("scancel", "-p", partition)  # by its filter: every user's jobs
+        for partition in slurm.partitions(conf=self.conf):
+            self.run("scancel", "-p", partition.name)  # by its filter: every user's jobs
         for node in sorted(self._killed):
             self.restore_node(node)
         for entry in slurm.nodes(conf=self.conf):
