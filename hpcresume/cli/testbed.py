@@ -118,8 +118,7 @@ def up(
 
     if install:
         beds.install(accounting=not no_accounting)
-    bed = beds.up(
-        directory,
+    settings = beds.Settings(
         nodes=nodes,
         cpus_per_node=cpus_per_node,
         memory_mb=memory_mb,
@@ -128,6 +127,7 @@ def up(
         max_array_size=max_array_size,
         max_submit=max_submit,
     )
+    bed = beds.up(directory, settings)
     if as_json:
         emit_json(_as_json(bed))
         return

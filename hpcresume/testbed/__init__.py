@@ -19,9 +19,11 @@ from hpcresume.testbed.lifecycle import (
     up,
 )
 from hpcresume.testbed.packages import install, require
+from hpcresume.testbed.state import Settings
 
 __all__ = [
     "NodeStatus",
+    "Settings",
     "Testbed",
     "continue_controller",
     "down",

@@ -47,13 +47,14 @@ def free_ports(count: int) -> list[int]:
 def slurm_conf(state: State, layout: Layout) -> str:
     """Return slurm.conf."""
     host = socket.gethostname().partition(".")[0]
+    cpus = state.settings.cpus_per_node
     names = ",".join(node.name for node in state.nodes)
     settings = {**_identity(state, layout), **_behaviour(state), **_accounting(state, layout)}
     lines = [f"{key}={value}" for key, value in settings.items()]
     lines += [
         f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={node.port} "
-        f"CPUs={state.cpus_per_node} Boards=1 SocketsPerBoard=1 "
-        f"CoresPerSocket={state.cpus_per_node} ThreadsPerCore=1 RealMemory={state.memory_mb} "
+        f"CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+        f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={state.memory_mb} "
         "State=UNKNOWN"
         for node in state.nodes
     ]
@@ -96,7 +97,7 @@ def _behaviour(state: State) -> dict[str, object]:
         "SlurmdParameters": "config_overrides",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core_Memory",
-        "DefMemPerCPU": state.memory_mb // state.cpus_per_node,
+        "DefMemPerCPU": state.memory_mb // state.settings.cpus_per_node,
         "SchedulerType": "sched/backfill",
         "SchedulerParameters": (
             "bf_interval=2,sched_interval=2,batch_sched_delay=0,sched_min_interval=0"
@@ -107,17 +108,19 @@ def _behaviour(state: State) -> dict[str, object]:
         "KillWait": 5,
         "SlurmdTimeout": 20,
         "ReturnToService": 2,
-        "MaxArraySize": state.max_array_size,
+        "MaxArraySize": state.settings.max_array_size,
         "MpiDefault": "none",
         "PropagateResourceLimits": "NONE",
     }
 
 
 def _accounting(state: State, layout: Layout) -> dict[str, object]:
-    if not state.accounting:
+    if not state.settings.accounting:
         return {"AccountingStorageType": "accounting_storage/none"}
     # Only with limits: jobs of users without an association are then refused.
-    enforced = {"AccountingStorageEnforce": "limits"} if state.max_submit is not None else {}
+    enforced = (
+        {"AccountingStorageEnforce": "limits"} if state.settings.max_submit is not None else {}
+    )
     return {
         **enforced,
         "AccountingStorageType": "accounting_storage/slurmdbd",

@@ -81,8 +81,8 @@ def start_slurmdbd(state: State, layout: Layout) -> None:
     daemon = _start(state, layout, "slurmdbd", ["slurmdbd", "-D"])
     _await(daemon, layout, lambda: _listens(state.ports.slurmdbd), timeout_s=60)
     slurm.change_accounting(["add", "cluster", state.cluster_name], conf=layout.conf)
-    if state.max_submit is not None:
-        _limit_submits(state.max_submit, conf=layout.conf)
+    if state.settings.max_submit is not None:
+        _limit_submits(state.settings.max_submit, conf=layout.conf)
 
 
 def _limit_submits(jobs: int, *, conf: Path) -> None:

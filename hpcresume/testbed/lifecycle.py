@@ -27,6 +27,7 @@ from hpcresume.testbed.state import (
     Node,
     Ports,
     Proctrack,
+    Settings,
     State,
     boot_id,
     load,
@@ -35,7 +36,6 @@ from hpcresume.testbed.state import (
 
 _PORT_TRIES = 3
 _CONTROLLER = "slurmctld"
-DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,58 +70,25 @@ class Testbed:
     """Daemons that were started, are not running now, and were not killed by ``fail_node``."""
 
 
-def up(
-    directory: Path,
-    *,
-    nodes: int = 4,
-    cpus_per_node: int = 2,
-    memory_mb: int | None = None,
-    proctrack: Literal["auto", "cgroup", "linuxproc"] = "auto",
-    accounting: bool = True,
-    max_array_size: int = DEFAULT_MAX_ARRAY_SIZE,
-    max_submit: int | None = None,
-) -> Testbed:
-    """Bring up a Slurm of ``nodes`` nodes on this machine and wait until they are idle.
+def up(directory: Path, settings: Settings | None = None) -> Testbed:
+    """Bring up a Slurm on this machine and wait until its nodes are idle.
 
     Args:
         directory: Its own directory, made if need be; at most 56 bytes long.
-        nodes: Nodes, each with a private ``scratch`` and ``/dev/shm``.
-        cpus_per_node: CPUs that Slurm hands out per node; more than the machine has is fine.
-        memory_mb: Memory per node in MiB; by default the machine's, divided.
-        proctrack: How Slurm follows processes.  ``cgroup`` limits memory and signals only
-            a step's first process; ``linuxproc`` signals all of them.  ``auto``: cgroup
-            where cgroup v1 is there.
-        accounting: With slurmdbd and MariaDB, so that ``sacct`` answers.
-        max_array_size: Slurm's ``MaxArraySize``: the largest array index is one less.
-        max_submit: How many jobs one user may have in the queue, elements of arrays each
-            counted; needs ``accounting``.  Only users in the password database may submit.
+        settings: What it is to be; by default what :class:`Settings` says.
 
     Raises:
         TestbedError: Something is missing, a testbed is up there already, or a daemon did
             not start; then everything started is ended again and the logs stay.
     """
-    packages.require(accounting=accounting)
-    if max_submit is not None and not accounting:
-        raise TestbedError(
-            "a limit of submitted jobs is kept by slurmdbd, and this testbed is to have none. "
-            "Leave out either --max-submit or --no-accounting"
-        )
+    settings = settings or Settings()
+    _check(settings)
     layout = _layout(directory)
-    kind = _proctrack(proctrack)
     _own(layout)
     with FileLock(layout.lock):
         _refuse_if_up(layout)
         for attempt in range(1, _PORT_TRIES + 1):
-            state = _new_state(
-                layout,
-                nodes=nodes,
-                cpus_per_node=cpus_per_node,
-                memory_mb=memory_mb,
-                proctrack=kind,
-                accounting=accounting,
-                max_array_size=max_array_size,
-                max_submit=max_submit,
-            )
+            state = _new_state(layout, settings)
             try:
                 _bring_up(state, layout)
             except daemons.PortTakenError:
@@ -308,13 +275,22 @@ def _layout(directory: Path) -> Layout:
     return Layout(path)
 
 
-def _proctrack(wanted: Literal["auto", "cgroup", "linuxproc"]) -> Proctrack:
-    if wanted == "cgroup" and not cgroups.usable():
+def _check(settings: Settings) -> None:
+    packages.require(accounting=settings.accounting)
+    if settings.max_submit is not None and not settings.accounting:
+        raise TestbedError(
+            "a limit of submitted jobs is kept by slurmdbd, and this testbed is to have none. "
+            "Leave out either --max-submit or --no-accounting"
+        )
+    if settings.proctrack == "cgroup" and not cgroups.usable():
         raise TestbedError(
             "proctrack/cgroup needs cgroup v1 (memory and freezer below /sys/fs/cgroup), which "
             "this machine does not have or this user may not write. Use --proctrack linuxproc: "
             "all works but memory limits"
         )
+
+
+def _proctrack(wanted: Literal["auto", "cgroup", "linuxproc"]) -> Proctrack:
     if wanted == "auto":
         return "cgroup" if cgroups.usable() else "linuxproc"
     return wanted
@@ -346,30 +322,17 @@ def _refuse_if_up(layout: Layout) -> None:
     _take_down(state, layout)
 
 
-def _new_state(
-    layout: Layout,
-    *,
-    nodes: int,
-    cpus_per_node: int,
-    memory_mb: int | None,
-    proctrack: Proctrack,
-    accounting: bool,
-    max_array_size: int,
-    max_submit: int | None,
-) -> State:
-    ports = configure.free_ports(nodes + 2)
+def _new_state(layout: Layout, settings: Settings) -> State:
+    ports = configure.free_ports(settings.nodes + 2)
     cluster = f"tb{secrets.token_hex(3)}"
     return State(
         directory=str(layout.root),
         cluster=cluster,
         boot_id=boot_id(),
-        proctrack=proctrack,
-        accounting=accounting,
-        cpus_per_node=cpus_per_node,
-        memory_mb=memory_mb or _share_of_memory_mb(nodes),
+        proctrack=_proctrack(settings.proctrack),
+        memory_mb=settings.memory_mb or _share_of_memory_mb(settings.nodes),
+        settings=settings,
         ports=Ports(slurmctld=ports[0], slurmdbd=ports[1]),
-        max_array_size=max_array_size,
-        max_submit=max_submit,
         nodes=[Node(f"{cluster}n{i}", port) for i, port in enumerate(ports[2:], start=1)],
         daemons=[],
     )
@@ -383,7 +346,7 @@ def _share_of_memory_mb(nodes: int) -> int:
 def _bring_up(state: State, layout: Layout) -> None:
     _prepare(state, layout)
     with ThreadPoolExecutor(1) as pool:
-        database = pool.submit(daemons.make_database, layout) if state.accounting else None
+        database = pool.submit(daemons.make_database, layout) if state.settings.accounting else None
         daemons.start_munged(state, layout)
         if database is not None:
             database.result()
@@ -406,7 +369,7 @@ def _prepare(state: State, layout: Layout) -> None:
     layout.conf.chmod(0o644)
     if state.proctrack == "cgroup":
         (layout.etc / "cgroup.conf").write_text(configure.cgroup_conf(), encoding="utf-8")
-    if state.accounting:
+    if state.settings.accounting:
         secret = layout.etc / "slurmdbd.conf"
         secret.touch(mode=0o600)
         secret.write_text(configure.slurmdbd_conf(state, layout), encoding="utf-8")
@@ -442,7 +405,7 @@ def _status(state: State, layout: Layout) -> Testbed:
         conf=layout.conf,
         scratch=layout.scratch,
         proctrack=state.proctrack,
-        accounting=state.accounting,
+        accounting=state.settings.accounting,
         nodes=tuple(_node_status(node, state, layout, seen) for node in state.nodes),
         dead=tuple(d.name for d in state.daemons if not processes.alive(d)),
     )

@@ -15,10 +15,32 @@ import msgspec
 from hpcresume.errors import TestbedError
 
 Proctrack = Literal["cgroup", "linuxproc"]
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 
 # slurmstepd's sockets, <directory>/spool/<node>/<node>_123456.4294967291, must fit the 107
 # bytes of sockaddr_un (unix(7)).
 MAX_DIRECTORY_BYTES = 56
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a testbed is to be."""
+
+    nodes: int = 4
+    """Nodes, each with a private ``scratch`` and ``/dev/shm``."""
+    cpus_per_node: int = 2
+    """CPUs that Slurm hands out per node; more than the machine has is fine."""
+    memory_mb: int | None = None
+    """Memory per node in MiB; by default the machine's, divided."""
+    proctrack: Proctrack | Literal["auto"] = "auto"
+    """How Slurm follows processes.  ``cgroup`` limits memory and signals only a step's first
+    process; ``linuxproc`` signals all of them.  ``auto``: cgroup where cgroup v1 is there."""
+    accounting: bool = True
+    """With slurmdbd and MariaDB, so that ``sacct`` answers."""
+    max_array_size: int = DEFAULT_MAX_ARRAY_SIZE
+    """Slurm's ``MaxArraySize``: the largest array index is one less."""
+    max_submit: int | None = None
+    """How many jobs one user may have in the queue, elements of arrays each counted; needs
+    ``accounting``.  Only users in the machine's password database may then submit."""
 
 
 class Daemon(msgspec.Struct, frozen=True):
@@ -51,12 +73,9 @@ class State(msgspec.Struct):
     cluster: str
     boot_id: str
     proctrack: Proctrack
-    accounting: bool
-    cpus_per_node: int
     memory_mb: int
+    settings: Settings
     ports: Ports
-    max_array_size: int
-    max_submit: int | None
     nodes: list[Node]
     daemons: list[Daemon]
     schema: int = 1

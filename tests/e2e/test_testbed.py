@@ -224,7 +224,7 @@ def test_limits_of_arrays_and_submissions_are_enforced() -> None:
 def test_a_limit_of_submissions_needs_accounting() -> None:
     """The limit is kept by slurmdbd, so it is refused without."""
     with bare_directory() as directory, pytest.raises(TestbedError, match="--max-submit"):
-        testbed.up(directory, accounting=False, max_submit=4)
+        testbed.up(directory, testbed.Settings(accounting=False, max_submit=4))
 
 
 def test_preempt_refuses_a_job_that_does_not_run(slurm_cluster: SlurmCluster) -> None:
@@ -308,7 +308,9 @@ def test_down_leaves_no_process_no_mount_and_no_group() -> None:
         assert str(directory) not in Path("/proc/mounts").read_text()
         assert not testbed.down(directory)
         assert testbed.status(directory) is None
-        testbed.up(directory, nodes=1, accounting=False)  # what close() takes down
+        testbed.up(
+            directory, testbed.Settings(nodes=1, accounting=False)
+        )  # what close() takes down
 
 
 def test_up_killed_half_way_is_cleared_by_down() -> None:
@@ -342,7 +344,7 @@ def test_a_port_taken_meanwhile_is_exchanged(monkeypatch: pytest.MonkeyPatch) ->
     with socket.create_server(("", 0)) as taken, bare_directory() as directory:
         monkeypatch.setattr(configure, "free_ports", first_one_taken)
         try:
-            bed = testbed.up(directory, nodes=1, accounting=False)
+            bed = testbed.up(directory, testbed.Settings(nodes=1, accounting=False))
         finally:
             testbed.down(directory)
 

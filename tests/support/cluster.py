@@ -32,13 +32,13 @@ class SlurmCluster:
     """A testbed in a directory of its own, with what a test wants to do to it."""
 
     def __init__(self, **options: Any) -> None:
-        """Bring it up; ``options`` are those of :func:`hpcresume.testbed.up`."""
+        """Bring it up; ``options`` are the fields of :class:`hpcresume.testbed.Settings`."""
         # Not pytest's tmp_path: it is too long for Slurm's sockets and closed to other users.
         self.root = Path(tempfile.mkdtemp(prefix="hpcr-"))
         self.root.chmod(0o755)
         self.directory = self.root / "t"
         try:
-            self.bed = testbed.up(self.directory, **options)
+            self.bed = testbed.up(self.directory, testbed.Settings(**options))
         except BaseException:
             shutil.rmtree(self.root, ignore_errors=True)
             raise
