@@ -155,9 +155,10 @@ while [ ! -e {folder}/stop ]; do sleep 0.1; done
 
 def test_a_partition_can_end_what_it_preempts(slurm_cluster: SlurmCluster) -> None:
     """In ``cancel`` a job that leaves when its grace period starts ends, and is not requeued."""
-    body = "exec srun bash -c 'trap \"exit 0\" TERM; while :; do sleep 0.1; done'"
+    ready = slurm_cluster.folder("cancel") / "ready"
+    body = f"exec srun bash -c 'trap \"exit 0\" TERM; touch {ready}; while :; do sleep 0.1; done'"
     job = slurm_cluster.submit(body, "--requeue", "-p", "cancel")
-    slurm_cluster.wait_running(job)
+    slurm_cluster.wait_until(ready.exists, 30, "the job runs")
 
     slurm_cluster.preempt(job, hold_s=1)
 
