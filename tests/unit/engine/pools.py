@@ -143,28 +143,34 @@ class ListFeed:
 
     def __init__(self, payloads: Sequence[Any]) -> None:
         self._records = [(f"s{i}", encode_payload(payload)) for i, payload in enumerate(payloads)]
-        self.hidden = BitMap()
-        self.at = 0
+        self.taken = BitMap()
+        self.weights: dict[int, float] = {}
 
     def _fresh(self) -> list[int]:
-        return [i for i in range(self.at, len(self._records)) if i not in self.hidden]
+        return [i for i in range(len(self._records)) if i not in self.taken]
 
     def left(self) -> int:
         """Return how many sources have not been taken."""
         return len(self._fresh())
 
-    def take(self, count: int, size_bytes: int) -> Inputs | None:
-        """Return the next sources."""
+    def take(self, count: int, size_bytes: int, *, weight_max: float) -> Inputs | None:
+        """Return the next sources that are not too heavy."""
         del size_bytes
-        fresh = self._fresh()[:count]
-        if not fresh:
-            return None
-        self.at = fresh[-1] + 1
-        return self.give(fresh)
+        fresh = [i for i in self._fresh() if self.weight(i) <= weight_max][:count]
+        self.taken |= BitMap(fresh)
+        return self.give(fresh) if fresh else None
+
+    def weight(self, source: int) -> float:
+        """Return a source's weight."""
+        return self.weights.get(source, 1.0)
 
     def give(self, sources: Sequence[int]) -> Inputs:
         """Return given sources."""
-        return Inputs(array("I", sources), records=[self._records[i] for i in sources])
+        return Inputs(
+            array("I", sources),
+            records=[self._records[i] for i in sources],
+            weight=sum(map(self.weight, sources)),
+        )
 
 
 @dataclass
@@ -175,15 +181,24 @@ class Outcomes:
     failures: list[Failure] = field(default_factory=list)
     open: dict[int, list[int]] = field(default_factory=dict)
     alone: list[list[int]] = field(default_factory=list)
+    begun: set[int] = field(default_factory=set)
     events: list[tuple[str, list[int]]] = field(default_factory=list)
 
-    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
+    def started(self, call: int, sources: BitMap, *, alone: bool, begins: bool) -> None:
         """Note a call in flight."""
         assert call not in self.open
+        if begins:
+            self.begun.add(call)
         self.open[call] = list(sources)
         self.events.append(("started", list(sources)))
         if alone:
             self.alone.append(list(sources))
+
+    def began(self, call: int) -> None:
+        """Note that a call which waited is worked on."""
+        assert call in self.open
+        assert call not in self.begun
+        self.begun.add(call)
 
     def ended(self, call: int) -> None:
         """Note its end."""
@@ -234,7 +249,7 @@ class Bench:
         self.pool = ScriptedPool(pipeline, self.groups, directory, **pool)
         self.feed, self.outcomes = ListFeed(payloads), Outcomes()
         for group in suspects:
-            self.feed.hidden |= group
+            self.feed.taken |= group
         self.executor = Executor(
             self.groups,
             self.pool,
