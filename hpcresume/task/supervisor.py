@@ -89,6 +89,7 @@ _RECOVER_S = 120.0
 _FINAL_PUBLISH_S = 600.0
 _END_DESCENDANTS_S = 5.0
 _MARGIN_S = 3.0
+_DRIVER_CLOSE_S = 5.0
 _ASK_AHEAD_S = 10.0
 _FIRST_ANSWER_S = 5.0
 _RECENT_S = 30.0
@@ -157,6 +158,7 @@ class _State:
     stop_kind: str | None = None
     stop_reason: str = ""
     stop_deadline: float = float("inf")
+    driver_deadline: float = float("inf")
     publishing: _Publishing = field(default_factory=_Publishing)
 
 
@@ -164,12 +166,13 @@ class Supervisor:
     """One attempt of one array task."""
 
     def __init__(self, run: RunDir, round_: int, task: int, environ: Mapping[str, str]) -> None:
+        # First of all: until then submitit's handlers would act on signals.
+        self._signals = _Signals.install()
         self._run, self._round, self._task, self._environ = run, round_, task, environ
         self._plan = open_plan(run, round_)
         self._settings = msgspec.convert(self._plan.footer.settings, Settings)
         self._allocation = read_allocation(environ)
         self._state = _State()
-        self._signals = _Signals.install()
         self._limit = TimeLimit(
             lambda: read_end_time(self._allocation, environ),
             near_s=self._stop_budget_s + _ASK_AHEAD_S,
@@ -409,7 +412,9 @@ class Supervisor:
         state = self._state
         if state.ended is not None or state.driver_died is not None:
             return True
-        return time.monotonic() > state.stop_deadline + _MARGIN_S
+        # A driver that a stage blocks does not hear the order; its commits need time, too.
+        latest = min(state.stop_deadline, state.driver_deadline + _DRIVER_CLOSE_S) + _MARGIN_S
+        return time.monotonic() > latest
 
     def _heed_signals(self) -> None:
         if self._signals.terminate and self._state.stop_kind is None:
@@ -467,7 +472,8 @@ class Supervisor:
         say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
         self._tell_deadline(state.stop_deadline)
         # Half of the budget is for what runs, half for publishing what it leads to.
-        self._order_driver(Stop(time.monotonic() + drain_s / 2))
+        state.driver_deadline = time.monotonic() + drain_s / 2
+        self._order_driver(Stop(state.driver_deadline))
 
     def _tell_deadline(self, deadline: float) -> None:
         """Let stages and driver know by when they must be done, where that has changed."""
