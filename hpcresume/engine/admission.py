@@ -108,6 +108,7 @@ class Admission:
         """Take up the sources that failed so far; return whether there are any."""
         retries = self._judge.take_retries()
         self._again.extend(sorted(retries, key=lambda source: source in self._deadly))
+        self.lacks_time = self.lacks_time and not retries
         return bool(retries)
 
     def next(self, size: int, *, batch: int, is_free: bool, is_idle: bool) -> Chunk | None:
@@ -157,7 +158,7 @@ class Admission:
     def _give(
         self, sources: Sequence[int] | BitMap, *, isolated: bool = False, exclusive: bool = False
     ) -> Chunk:
-        inputs = self._feed.give(list(sources))
+        inputs = self._feed.give(sorted(sources))  # as frames need them
         self._judge.number_tries(inputs)
         return Chunk(inputs, 0, isolated=isolated, exclusive=exclusive)
 

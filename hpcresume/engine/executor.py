@@ -170,8 +170,9 @@ class Executor:
 
     @property
     def lacks_time(self) -> bool:
-        """Whether sources are left, and none of them is expected to finish in time."""
-        return self._admission.lacks_time
+        """Whether nothing runs because no source that is left is expected to finish in time."""
+        waiting = any(state.queue for state in self._groups)
+        return self._admission.lacks_time and not (self._calls or waiting)
 
     @property
     def ready(self) -> bool:

@@ -120,7 +120,8 @@ class Report(msgspec.Struct, frozen=True, tag=True):
         quarantined: Sources given up.
         left: Sources that are not settled.
         ready: Whether the workers have started.
-        lacks_time: Whether sources are left, and none of them is expected to finish in time.
+        lacks_time: Whether nothing runs because no source that is left is expected to finish
+            in time.
     """
 
     last: int

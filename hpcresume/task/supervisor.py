@@ -90,7 +90,7 @@ _FINAL_PUBLISH_S = 600.0
 _END_DESCENDANTS_S = 5.0
 _MARGIN_S = 3.0
 _DRIVER_CLOSE_S = 5.0
-_ASK_AHEAD_S = 10.0
+_ASK_AHEAD_S = 2.0
 _FIRST_ANSWER_S = 5.0
 _RECENT_S = 30.0
 _MAX_BACKOFF_S = 30.0
@@ -443,16 +443,20 @@ class Supervisor:
         self._tell_deadline(limit.end)
         left = limit.end - now
         drain_s = max(1.0, min(left - 2 * _MARGIN_S, self._settings.task.drain_s))
-        if left < self._stop_budget_s:
+        if left < self._stop_budget_s and self._is_confirmed(left):
             self._stop("time-limit", "the time limit is near", drain_s)
         elif report is not None and report.lacks_time:
             # The limit may have been raised since it was asked for last.
-            age_s = 10 * _RECENT_S if report.in_flight else _RECENT_S
-            if not limit.is_newer_than(now - age_s):
+            if not limit.is_newer_than(now - _RECENT_S):
                 limit.look()
-            elif not report.in_flight:
-                reason = f"no source that is left is expected to finish in the {left:.0f} s left"
-                self._stop("time-limit", reason, drain_s)
+                return
+            reason = f"no source that is left is expected to finish in the {left:.0f} s left"
+            self._stop("time-limit", reason, drain_s)
+
+    def _is_confirmed(self, left: float) -> bool:
+        """Tell whether Slurm was asked just now, or there is no more time to wait for it."""
+        asked_after = time.monotonic() + left - self._stop_budget_s - _ASK_AHEAD_S
+        return self._limit.is_newer_than(asked_after) or left < self._stop_budget_s - _MARGIN_S
 
     @property
     def _stop_budget_s(self) -> float:

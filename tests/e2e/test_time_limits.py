@@ -158,16 +158,16 @@ def test_time_limit(slurm_cluster: SlurmCluster, engine: str) -> None:
 
 def test_limit_raised(slurm_cluster: SlurmCluster) -> None:
     """A limit that is raised in the middle is used: the task does not stop near the old one."""
-    timed = Timed(slurm_cluster, equal(40, 0.6), "-t", "1", drain_s=40)
+    timed = Timed(slurm_cluster, equal(45, 0.6), "-t", "1", drain_s=30)
     timed.wait_published()
     timed.set_limit(10)
 
     status = timed.ended()
 
     (outcome,) = timed.outcomes()
-    # 46 s before the end of the first limit would have been 14 s.
-    assert ("done", 40) == (outcome["state"], outcome["completed"])
-    assert outcome["elapsed_s"] > 40 * 0.6
+    # 36 s before the end of the first limit would have been 24 s.
+    assert ("done", 45) == (outcome["state"], outcome["completed"])
+    assert outcome["elapsed_s"] > 45 * 0.6
     assert "complete" == status["state"]
 
 

@@ -47,6 +47,17 @@ class Submitted:
 
 
 @dataclass
+class Clock:
+    """A clock that a test moves on."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        """Return what time it is."""
+        return self.now
+
+
+@dataclass
 class ScriptedPool:
     """Runs calls in this process, oldest of a worker first.
 
@@ -54,6 +65,8 @@ class ScriptedPool:
         kills: Asked before each call whether it kills its worker.
         fails_to_start: Asked at each start why it fails, if it does.
         seconds_per_item: What calls are said to have taken.
+        takes: Asked what a call takes, instead; the clock is moved on by it.
+        clock: What time it is.
         rng: Chooses which worker goes next; without it the first that has a call.
     """
 
@@ -63,6 +76,8 @@ class ScriptedPool:
     kills: Callable[[WorkerRef, Inputs, bool], Death | None] = lambda _w, _i, _m: None
     fails_to_start: Callable[[WorkerRef], str | None] = lambda _w: None
     seconds_per_item: float | None = None
+    takes: Callable[[Inputs], float] | None = None
+    clock: Clock = field(default_factory=Clock)
     rng: Random | None = None
     log: list[Submitted] = field(default_factory=list)
     starts: list[WorkerRef] = field(default_factory=list)
@@ -135,6 +150,9 @@ class ScriptedPool:
         result = asyncio.run(coroutine) if is_async else run_now(coroutine)
         if self.seconds_per_item is not None:
             result.seconds = self.seconds_per_item * len(inputs)
+        if self.takes is not None:
+            result.seconds = self.takes(inputs)
+            self.clock.now += result.seconds
         self._events.append(Finished(call, result))
 
 
@@ -237,6 +255,8 @@ class Bench:
         sink: Any = "rows",
         suspects: Sequence[BitMap] = (),
         attempts: dict[int, int] | None = None,
+        ran: dict[int, float] | None = None,
+        weights: dict[int, float] | None = None,
         **pool: Any,
     ) -> None:
         pipeline = hr.Pipeline(
@@ -248,8 +268,8 @@ class Bench:
         self.groups = make_groups(pipeline.stages, cpus=workers)
         self.pool = ScriptedPool(pipeline, self.groups, directory, **pool)
         self.feed, self.outcomes = ListFeed(payloads), Outcomes()
-        for group in suspects:
-            self.feed.taken |= group
+        self.feed.taken = BitMap(ran or {}).union(*suspects)
+        self.feed.weights = weights or {}
         self.executor = Executor(
             self.groups,
             self.pool,
@@ -258,7 +278,9 @@ class Bench:
             limits or Limits(),
             attempts=attempts,
             suspects=suspects,
+            ran=ran,
             has_sink=pipeline.sink is not None,
+            clock=self.pool.clock,
         )
 
     def run(self, tick: Callable[[], bool] = lambda: True) -> bool:
