@@ -195,10 +195,11 @@ def _too_long(run: RunDir, standing: Standing, round_: int) -> str:
         f"{manifest.entry(source).source_id!r} ({ran[source]:.0f} s)" for source in longest[:_NAMED]
     )
     more = f" and {len(longest) - _NAMED} more" if len(longest) > _NAMED else ""
+    subject = "1 source needs" if len(longest) == 1 else f"{len(longest)} sources need"
     return (
-        f"{len(longest)} sources need longer than the time limit, which leaves {usable_s:.0f} s "
-        f"for work: {named}{more} had not finished when it ended. "
-        f"Nobody is charged. Give them more: hpcresume submit {run.path} --time ..."
+        f"{subject} longer than the time limit, which leaves {usable_s:.0f} s for work: "
+        f"{named}{more} had not finished when it ended. "
+        f"Nobody is charged. Give more time: hpcresume submit {run.path} --time ..."
     )
 
 

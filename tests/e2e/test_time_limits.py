@@ -224,7 +224,7 @@ def test_a_source_longer_than_the_limit(slurm_cluster: SlurmCluster) -> None:
     status = timed.ended()
 
     assert "stopped" == status["state"]
-    assert "1 sources need longer than the time limit" in status["reason"]
+    assert "1 source needs longer than the time limit" in status["reason"]
     assert "'endless' (" in status["reason"]
     assert 1 == status["sources"]["completed"]
     assert 1 == timed.starts().count("endless")
