@@ -138,6 +138,9 @@ def reopen(run: RunDir, *, quarantined: bool) -> None:
         given_up = union.quarantined() if quarantined else BitMap()
         if not (union.stopped or given_up or union.withheld):
             return
+        if union.stopped:
+            # Who submits by hand wants them tried once more; they still come first.
+            union.ran = {source: seconds / 2 for source, seconds in union.ran.items()}
         union.stopped, union.finished = "", union.finished and not given_up
         union.withheld = BitMap()
         for source in given_up:

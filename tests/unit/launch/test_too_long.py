@@ -89,11 +89,14 @@ def test_others_may_finish(rounds: Rounds, ran: dict[int, float], usable_s: floa
 
 
 def test_a_longer_limit_takes_them_up(rounds: Rounds) -> None:
-    """After a submission with more time they are planned again, and the run goes on."""
+    """
+    After a submission by hand they are planned again, with half of what they ran so that they
+    are started once more even where the limit is the old one, and the run goes on.
+    """
     rounds.attempt(rounds.plan(), list(range(9)), {9: 99.0})
     assert rounds.settle().stopped
     round_ = rounds.plan()
-    assert {9: 99.0} == open_plan(rounds.run, round_).shard(0).ran
+    assert {9: 49.5} == open_plan(rounds.run, round_).shard(0).ran
     rounds.attempt(round_, [], {9: 50.0}, usable_s=1000.0)
     assert "" == rounds.settle().stopped
     rounds.attempt(round_, [9], {}, usable_s=1000.0)
