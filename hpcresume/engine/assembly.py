@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 from hpcresume.engine.calls import ChunkResult, Inputs
+from hpcresume.engine.pace import Pace
 from hpcresume.ids import ItemPath
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
 from hpcresume.segment.frame import FrameBuilder
@@ -27,10 +28,22 @@ class Assembly:
     Args:
         max_sources: Completed sources that are packed into one frame at most.
         completed: Told every frame, with the number of its sources.
+        pace: Told how long sources took, from their admission to their last item.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, max_sources: int, completed: Callable[[bytes, int], None]) -> None:
+    def __init__(
+        self,
+        max_sources: int,
+        completed: Callable[[bytes, int], None],
+        pace: Pace,
+        clock: Callable[[], float],
+    ) -> None:
         self._max_sources, self._tell = max_sources, completed
+        self._pace, self._clock = pace, clock
+        # When a source was admitted and its weight; one entry for all sources of a call.
+        self._admitted: dict[int, tuple[float, float]] = {}
+        self._ended: list[tuple[float, float]] = []
         self._accounting = Accounting()
         self._failed: set[int] = set()
         self._ids: dict[int, str] = {}
@@ -46,7 +59,9 @@ class Assembly:
 
     def admit(self, inputs: Inputs) -> None:
         """Begin a try of sources; nothing of the try before it stays."""
+        entry = (self._clock(), inputs.total_weight() / max(1, len(inputs)))
         for slot, source in enumerate(inputs.sources):
+            self._admitted[source] = entry
             self._drop(source)
             self._failed.discard(source)
             self._ids[source] = inputs.source_id(slot)
@@ -68,6 +83,7 @@ class Assembly:
     def forget(self, source: int) -> None:
         """Drop a source that is not tried again."""
         self._accounting.forget(source)
+        self._admitted.pop(source, None)
         self._failed.discard(source)
         self._drop(source)
         self._ids.pop(source, None)
@@ -97,7 +113,15 @@ class Assembly:
             for path, item in emitted:
                 _append(onward, inputs, slot, path=path, item=item)
             self._acknowledge(inputs, slot, emitted=tuple(path for path, _ in emitted))
+        if self._ended:
+            self._note_pace()
         return onward
+
+    def _note_pace(self) -> None:
+        ended, self._ended, now = self._ended, [], self._clock()
+        for (since, weight), count in Counter(ended).items():
+            if weight > 0:
+                self._pace.note((now - since) / weight, count)
 
     def flush(self) -> None:
         """Hand on what has completed so far."""
@@ -149,6 +173,7 @@ class Assembly:
 
     def _complete(self, source: int) -> None:
         self._done[source] = self._ids.pop(source)
+        self._ended.append(self._admitted.pop(source))
         self._done_bytes += sum(len(row) for _, row in self._rows.get(source, ()))
         self.completed += 1
         if self._done_bytes >= _FRAME_BYTES or len(self._done) >= self._max_sources:

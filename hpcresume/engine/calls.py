@@ -23,6 +23,7 @@ class Inputs:
         attempts: Number of the try, by slot; 1 where it is not given.
         paths: Path of each item; None for the sources themselves.
         items: The items, pickled one by one; None for the first group.
+        weight: Sum of the sources' weights; None where all are 1.  Only for the first group.
     """
 
     sources: array[int]
@@ -31,6 +32,7 @@ class Inputs:
     attempts: dict[int, int] = field(default_factory=dict)
     paths: list[ItemPath] | None = None
     items: list[bytes] | None = None
+    weight: float | None = None
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -53,6 +55,8 @@ class Inputs:
             attempts,
             column(self.paths),
             column(self.items),
+            # Who needs the weight of one source asks for one source.
+            None if self.weight is None else self.weight * len(sources) / len(self),
         )
 
     @classmethod
@@ -70,9 +74,20 @@ class Inputs:
                 return None
             return [value for part in parts for value in getattr(part, name)]
 
+        weight = None if first.weight is None else sum(part.total_weight() for part in parts)
         return cls(
-            sources, column("records"), column("ids"), attempts, column("paths"), column("items")
+            sources,
+            column("records"),
+            column("ids"),
+            attempts,
+            column("paths"),
+            column("items"),
+            weight,
         )
+
+    def total_weight(self) -> float:
+        """Return the sum of the sources' weights."""
+        return len(self) if self.weight is None else self.weight
 
     def attempt(self, slot: int) -> int:
         """Return the number of the try that an item belongs to."""

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from pyroaring import BitMap
 
+from hpcresume.engine.admission import Admission, Feed
 from hpcresume.engine.assembly import Assembly
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.groups import Group
@@ -34,6 +36,7 @@ from hpcresume.engine.pool import (
     StartFailed,
     WorkerRef,
 )
+from hpcresume.engine.queues import Chunk, GroupState, WorkerState
 from hpcresume.ids import item_id
 from hpcresume.segment.segment import Failure, StageCount
 
@@ -42,28 +45,25 @@ __all__ = ["Executor", "Feed", "Limits", "Listener", "StageBrokenError"]
 log = logging.getLogger(__name__)
 
 MAX_STARTS_WITHOUT_WORK = 3
-_CHUNK_BYTES = 1 << 20
+_CALL_BYTES = 1 << 20
 _QUEUE_AHEAD_S = 0.05
-
-
-class Feed(Protocol):
-    """Where the executor takes fresh sources from."""
-
-    def take(self, count: int, size_bytes: int) -> Inputs | None:
-        """Return up to ``count`` sources in index order, None when there are no more."""
-
-    def give(self, sources: Sequence[int]) -> Inputs:
-        """Return sources that were taken before, by index, once more."""
-
-    def left(self) -> int:
-        """Return how many sources have not been taken."""
 
 
 class Listener(Protocol):
     """Who is told what became of the sources."""
 
-    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
-        """A call with these sources is handed to a worker; ``alone``: nothing else runs."""
+    def started(self, call: int, sources: BitMap, *, alone: bool, begins: bool) -> None:
+        """A call with these sources is handed to a worker.
+
+        Args:
+            call: Its number.
+            sources: Its sources.
+            alone: Nothing else runs.
+            begins: The worker begins with it; otherwise it waits behind another one.
+        """
+
+    def began(self, call: int) -> None:
+        """A worker begins with a call that had to wait."""
 
     def ended(self, call: int) -> None:
         """That call is over, one way or another."""
@@ -94,89 +94,6 @@ class Limits:
     waiting_max_bytes: int = 128 << 20
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """Items that wait for a call, or a call that runs.
-
-    Attributes:
-        inputs: The items.
-        group: The group that is to work on them.
-        at: First slot that still waits; a call takes as many as its time allows.
-        isolated: Its worker holds no other call; it may kill it.
-        exclusive: Nothing else runs at all; it may kill the driver.
-        tainted: The mark named one of its sources before and the rest died again.
-    """
-
-    inputs: Inputs
-    group: int
-    at: int = 0
-    isolated: bool = False
-    exclusive: bool = False
-    tainted: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        return not (self.isolated or self.exclusive or self.tainted)
-
-    def __len__(self) -> int:
-        return len(self.inputs) - self.at
-
-    def cut(self, count: int) -> Inputs:
-        """Take up to ``count`` items from the front."""
-        start, self.at = self.at, min(len(self.inputs), self.at + count)
-        if start == 0 and self.at == len(self.inputs):
-            return self.inputs
-        return self.inputs.select(range(start, self.at))
-
-
-@dataclass(slots=True)
-class _Worker:
-    ref: WorkerRef
-    ready: bool = False
-    fruitless: int = 0
-    calls: deque[int] = field(default_factory=deque)
-
-
-@dataclass(slots=True)
-class _GroupState:
-    group: Group
-    workers: list[_Worker]
-    counts: list[StageCount]
-    queue: deque[_Chunk] = field(default_factory=deque)
-    waiting: int = 0
-    waiting_bytes: int = 0
-    seconds_per_item: float = 0.0
-
-    def enqueue(self, chunk: _Chunk, *, front: bool = False) -> None:
-        if not len(chunk):
-            return
-        (self.queue.appendleft if front else self.queue.append)(chunk)
-        self.waiting += len(chunk)
-        self.waiting_bytes += chunk.inputs.size_bytes()
-
-    def unqueue(self, position: int) -> _Chunk:
-        """Take a chunk out whole."""
-        chunk = self.queue[position]
-        inputs = self.cut(position, len(chunk))
-        return _Chunk(
-            inputs,
-            chunk.group,
-            isolated=chunk.isolated,
-            exclusive=chunk.exclusive,
-            tainted=chunk.tainted,
-        )
-
-    def cut(self, position: int, count: int) -> Inputs:
-        """Take up to ``count`` items from the front of a chunk."""
-        chunk = self.queue[position]
-        inputs = chunk.cut(count)
-        self.waiting -= len(inputs)
-        self.waiting_bytes -= inputs.size_bytes()
-        if not len(chunk):
-            del self.queue[position]
-        return inputs
-
-
 class Executor:
     """Runs the sources of one shard.
 
@@ -188,7 +105,9 @@ class Executor:
         limits: What bounds the executor.
         attempts: Tries that were charged before, by source.
         suspects: Groups of sources that were in flight when a driver died.
+        ran: How long earlier attempts ran on a source without finishing it, in seconds.
         has_sink: Whether the last stage's items are rows.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -201,14 +120,16 @@ class Executor:
         *,
         attempts: Mapping[int, int] | None = None,
         suspects: Sequence[BitMap] = (),
+        ran: Mapping[int, float] | None = None,
         has_sink: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool, self._feed, self._listener, self._limits = pool, feed, listener, limits
+        self._pool, self._listener, self._limits = pool, listener, limits
         self._has_sink = has_sink
         self._groups = [
-            _GroupState(
+            GroupState(
                 group,
-                [_Worker(WorkerRef(group.number, i, 1)) for i in range(group.workers)],
+                [WorkerState(WorkerRef(group.number, i, 1)) for i in range(group.workers)],
                 counts=[StageCount(stage.name) for stage in group.stages],
             )
             for group in groups
@@ -220,15 +141,19 @@ class Executor:
             charge=listener.failed,
             give_up=self._give_up,
         )
+        self._admission = Admission(
+            feed, self._judge, suspects=suspects, ran=ran or {}, clock=clock
+        )
         # With one group its workers build the frames, and nothing travels.
-        self._assembly = Assembly(limits.chunk_max, listener.completed) if len(groups) > 1 else None
+        self._assembly = (
+            Assembly(limits.chunk_max, listener.completed, self._admission.pace, clock)
+            if len(groups) > 1
+            else None
+        )
         self._framed = 0
-        self._calls: dict[int, tuple[_Chunk, _Worker]] = {}
+        self._calls: dict[int, tuple[Chunk, WorkerState]] = {}
         self._numbers = itertools.count(1)
         self._exclusive_call = 0
-        self._solo = deque(half for group in suspects for half in _halves(group))
-        self._again: deque[int] = deque()
-        self._deadly: set[int] = set()
         self._stopping = self._holding = False
 
     def stop(self) -> None:
@@ -238,6 +163,16 @@ class Executor:
     def hold(self, holding: bool) -> None:  # noqa: FBT001  # a state, set as such
         """Admit no sources for now, or admit them again."""
         self._holding = holding
+
+    def finish_by(self, deadline: float | None) -> None:
+        """Start no source that is not expected to finish by then, on the clock; None: no limit."""
+        self._admission.set_limit(deadline)
+
+    @property
+    def lacks_time(self) -> bool:
+        """Whether nothing runs because no source that is left is expected to finish in time."""
+        waiting = any(state.queue for state in self._groups)
+        return self._admission.lacks_time and not (self._calls or waiting)
 
     @property
     def ready(self) -> bool:
@@ -263,7 +198,7 @@ class Executor:
     @property
     def failing(self) -> int:
         """Sources that failed and are to be tried again by this attempt."""
-        return self._judge.failing + len(self._again)
+        return self._judge.failing + self._admission.failing
 
     def counts(self) -> list[StageCount]:
         """Return the counters of every stage, in order."""
@@ -293,12 +228,12 @@ class Executor:
             if not self._calls and self._stopping:
                 self.flush_completed()
                 return self._is_idle() and not self.failing
-            if not self._calls and self._is_idle():
-                self._again.extend(self._order_retries())
-                if self._again:
+            if not self._calls and (self._is_idle() or self.lacks_time):
+                if self._admission.try_again():
                     continue
-                self.flush_completed()
-                return True
+                if self._is_idle():
+                    self.flush_completed()
+                    return True
             for event in self._pool.wait(tick_s):
                 self._handle(event)
         return False
@@ -310,11 +245,7 @@ class Executor:
 
     def _is_idle(self) -> bool:
         waiting = any(state.queue for state in self._groups)
-        return not (waiting or self._solo or self._again or self._feed.left())
-
-    def _order_retries(self) -> list[int]:
-        """Return the failed sources; those that end their worker come last."""
-        return sorted(self._judge.take_retries(), key=lambda source: source in self._deadly)
+        return not waiting and self._admission.is_done()
 
     def _dispatch(self) -> None:
         while self._dispatch_once():
@@ -335,7 +266,7 @@ class Executor:
                     given = True
         return given
 
-    def _has_room(self, state: _GroupState, worker: _Worker) -> bool:
+    def _has_room(self, state: GroupState, worker: WorkerState) -> bool:
         if not worker.calls:
             return True
         if any(self._calls[call][0].isolated for call in worker.calls):
@@ -349,7 +280,7 @@ class Executor:
         is_full = state.group.number == 0 or state.waiting >= state.group.batch_size
         return len(worker.calls) < 2 and is_quick and is_full
 
-    def _next_chunk(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+    def _next_chunk(self, state: GroupState, worker: WorkerState) -> Chunk | None:
         is_first = state.group.number == 0
         if is_first and not self._may_admit():
             return None
@@ -360,7 +291,7 @@ class Executor:
                 return found
         return self._admit(state, worker) if is_first else None
 
-    def _next_waiting(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+    def _next_waiting(self, state: GroupState, worker: WorkerState) -> Chunk | None:
         for position, chunk in enumerate(state.queue):
             if chunk.is_plain:
                 return self._gather(state, position)
@@ -368,17 +299,17 @@ class Executor:
                 return state.unqueue(position)
         return None
 
-    def _gather(self, state: _GroupState, position: int) -> _Chunk:
+    def _gather(self, state: GroupState, position: int) -> Chunk:
         """Make a call of plain chunks that wait one after another."""
         room, size_bytes, parts = self._chunk_size(state), 0, []
-        while room > 0 and size_bytes < _CHUNK_BYTES and position < len(state.queue):
+        while room > 0 and size_bytes < _CALL_BYTES and position < len(state.queue):
             if not state.queue[position].is_plain:
                 break
             part = state.cut(position, room)
             parts.append(part)
             room -= len(part)
             size_bytes += part.size_bytes()
-        return _Chunk(Inputs.concat(parts), state.group.number)
+        return Chunk(Inputs.concat(parts), state.group.number)
 
     def _may_admit(self) -> bool:
         if self._stopping or self._holding:
@@ -389,42 +320,20 @@ class Executor:
             for later in self._groups[1:]
         )
 
-    def _admit(self, state: _GroupState, worker: _Worker) -> _Chunk | None:
+    def _admit(self, state: GroupState, worker: WorkerState) -> Chunk | None:
         waiting = any(later.queue for later in self._groups)
-        if self._solo:
-            if self._calls or waiting:
-                return None
-            return self._take_again(self._solo.popleft(), isolated=True, exclusive=True)
         if waiting and any(chunk.exclusive for later in self._groups for chunk in later.queue):
             return None
-        size = self._chunk_size(state)
-        if self._again:
-            return self._admit_again(worker, size)
-        inputs = self._feed.take(size, _CHUNK_BYTES)
-        if inputs is None:
-            return None
-        self._judge.number_tries(inputs)
-        return _Chunk(inputs, 0)
+        return self._admission.next(
+            self._chunk_size(state),
+            batch=state.group.batch_size,
+            is_free=not worker.calls,
+            is_idle=not (self._calls or waiting),
+        )
 
-    def _admit_again(self, worker: _Worker, size: int) -> _Chunk | None:
-        again, deadly = self._again, self._deadly
-        if again[0] in deadly:
-            return None if worker.calls else self._take_again([again.popleft()], isolated=True)
-        taken: list[int] = []
-        while again and len(taken) < size and again[0] not in deadly:
-            taken.append(again.popleft())
-        return self._take_again(taken)
-
-    def _take_again(
-        self, sources: Sequence[int] | BitMap, *, isolated: bool = False, exclusive: bool = False
-    ) -> _Chunk:
-        inputs = self._feed.give(list(sources))
-        self._judge.number_tries(inputs)
-        return _Chunk(inputs, 0, isolated=isolated, exclusive=exclusive)
-
-    def _chunk_size(self, state: _GroupState) -> int:
+    def _chunk_size(self, state: GroupState) -> int:
         limits, per_item = self._limits, state.seconds_per_item
-        left = self._feed.left() + len(self._again) if state.group.number == 0 else state.waiting
+        left = self._admission.left() if state.group.number == 0 else state.waiting
         # Small calls at the end keep all workers busy until it.
         spread = -(-left // (4 * len(state.workers)))
         size = int(limits.chunk_target_s / per_item) if per_item else 1
@@ -432,17 +341,19 @@ class Executor:
             1, min(size, spread, limits.chunk_max), min(state.group.batch_size, limits.chunk_max)
         )
 
-    def _submit(self, worker: _Worker, chunk: _Chunk) -> None:
-        call = next(self._numbers)
+    def _submit(self, worker: WorkerState, chunk: Chunk) -> None:
+        call, state = next(self._numbers), self._groups[chunk.group]
         if self._assembly is not None and chunk.group == 0:
             self._assembly.admit(chunk.inputs)
+        begins = state.group.is_async or not worker.calls
         self._calls[call] = (chunk, worker)
         worker.calls.append(call)
         if chunk.exclusive:
             self._exclusive_call = call
         sources = BitMap(chunk.inputs.sources)
-        self._listener.started(call, sources, alone=chunk.exclusive and len(sources) == 1)
-        slow = self._groups[chunk.group].seconds_per_item > 2e-4
+        alone = chunk.exclusive and len(sources) == 1
+        self._listener.started(call, sources, alone=alone, begins=begins)
+        slow = state.seconds_per_item > 2e-4
         self._pool.submit(worker.ref, call, chunk.inputs, marked=chunk.isolated or slow)
 
     def _handle(self, event: Event) -> None:
@@ -476,8 +387,11 @@ class Executor:
             # Last, since a broken stage ends the run here and what succeeded must stay.
             self._judge.judge(chunk.inputs, result.failures, worked=result.worked)
         self._listener.ended(event.call)
+        if worker.calls and not state.group.is_async:
+            self._listener.began(worker.calls[0])
 
-    def _learn(self, state: _GroupState, chunk: _Chunk, result: ChunkResult) -> None:
+    def _learn(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
+        self._note_pace(state, chunk, result)
         per_item = result.seconds / max(1, len(chunk))
         known = state.seconds_per_item
         state.seconds_per_item = per_item if not known else 0.7 * known + 0.3 * per_item
@@ -488,7 +402,14 @@ class Executor:
             total.failed += part.failed
             total.seconds += part.seconds
 
-    def _account(self, chunk: _Chunk, result: ChunkResult) -> None:
+    def _note_pace(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
+        weight = chunk.inputs.total_weight()
+        if self._assembly is None and result.completed and weight > 0:
+            # Of a batch, every source takes as long as all of it.
+            shared = len(chunk) if state.group.batch_size > 1 else 1
+            self._admission.pace.note(result.seconds * shared / weight, result.completed)
+
+    def _account(self, chunk: Chunk, result: ChunkResult) -> None:
         if self._assembly is None:
             if result.frame is not None:
                 self._framed += result.completed
@@ -500,13 +421,13 @@ class Executor:
             # What may kill the driver stays alone in every group.
             state = self._groups[chunk.group + 1]
             flags = {"isolated": chunk.exclusive, "exclusive": chunk.exclusive}
-            state.enqueue(_Chunk(onward, state.group.number, **flags))
+            state.enqueue(Chunk(onward, state.group.number, **flags))
 
     def _give_up(self, source: int) -> None:
         if self._assembly is not None:
             self._assembly.forget(source)
 
-    def _broken(self, state: _GroupState, worker: _Worker, chunk: _Chunk, reason: str) -> None:
+    def _broken(self, state: GroupState, worker: WorkerState, chunk: Chunk, reason: str) -> None:
         for call in reversed(worker.calls):
             other, _ = self._calls.pop(call)
             self._listener.ended(call)
@@ -516,7 +437,7 @@ class Executor:
         self._pool.retire(worker.ref)
         self._restart(state, worker, reason)
 
-    def _restart(self, state: _GroupState, worker: _Worker, reason: str | None) -> None:
+    def _restart(self, state: GroupState, worker: WorkerState, reason: str | None) -> None:
         worker.ready = False
         worker.ref = WorkerRef(worker.ref.group, worker.ref.index, worker.ref.start + 1)
         if reason is not None:
@@ -534,7 +455,7 @@ class Executor:
                 kind="stage-start",
             )
 
-    def _died(self, state: _GroupState, worker: _Worker, event: Died) -> None:
+    def _died(self, state: GroupState, worker: WorkerState, event: Died) -> None:
         log.warning("a worker of %s died: %s", state.group.name, event.reason)
         calls, worker.calls = list(worker.calls), deque()
         held = [(call, self._calls.pop(call)[0]) for call in calls]
@@ -550,7 +471,7 @@ class Executor:
             self._listener.ended(call)
 
     def _suspect_calls(
-        self, state: _GroupState, held: Sequence[_Chunk], source: int | None
+        self, state: GroupState, held: Sequence[Chunk], source: int | None
     ) -> list[int]:
         """Return which calls of a dead worker it was working on."""
         if state.group.is_async:
@@ -561,12 +482,12 @@ class Executor:
         first = 0 if source is None else next(named, 0)
         return [first] if held else []
 
-    def _suspect(self, state: _GroupState, chunk: _Chunk, event: Died) -> None:
+    def _suspect(self, state: GroupState, chunk: Chunk, event: Died) -> None:
         inputs = chunk.inputs
         slots = [s for s, source in enumerate(inputs.sources) if source == event.source]
         if event.overdue and slots:
             rest = [slot for slot in range(len(inputs)) if slot not in set(slots)]
-            state.enqueue(_Chunk(inputs.select(rest), chunk.group), front=True)
+            state.enqueue(Chunk(inputs.select(rest), chunk.group), front=True)
             self._charge(chunk, slots, event, kind="timeout")
         elif len(inputs) == 1 and chunk.isolated:
             self._charge(chunk, [0], event, kind="timeout" if event.overdue else "death")
@@ -583,11 +504,11 @@ class Executor:
             state.enqueue(self._isolated(chunk, range(middle, len(inputs))), front=True)
             state.enqueue(self._isolated(chunk, range(middle)), front=True)
 
-    def _isolated(self, chunk: _Chunk, slots: Sequence[int]) -> _Chunk:
+    def _isolated(self, chunk: Chunk, slots: Sequence[int]) -> Chunk:
         inputs = chunk.inputs.select(slots)
-        return _Chunk(inputs, chunk.group, isolated=True, exclusive=chunk.exclusive)
+        return Chunk(inputs, chunk.group, isolated=True, exclusive=chunk.exclusive)
 
-    def _charge(self, chunk: _Chunk, slots: Sequence[int], event: Died, *, kind: str) -> None:
+    def _charge(self, chunk: Chunk, slots: Sequence[int], event: Died, *, kind: str) -> None:
         """Charge the source that a worker died of."""
         state, inputs, is_known = self._groups[chunk.group], chunk.inputs, event.source is not None
         stage = self._names[event.stage] if is_known else state.group.name
@@ -603,15 +524,7 @@ class Executor:
             )
             for slot in slots
         ]
-        self._deadly.update(inputs.sources[slot] for slot in slots)
+        self._admission.note_deadly(inputs.sources[slot] for slot in slots)
         if self._assembly is not None:
             self._assembly.fail(inputs, slots)
         self._judge.judge(inputs, failures, may_wait=is_known)
-
-
-def _halves(group: BitMap) -> Iterator[BitMap]:
-    """Yield the halves of a group of suspects: each death of a driver halves them again."""
-    middle = len(group) // 2
-    for half in (group[:middle], group[middle:]):
-        if half:
-            yield half

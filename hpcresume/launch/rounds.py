@@ -31,9 +31,11 @@ from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.segment import NEEDS_LONGER
 
 _TRIES = 5
 _BROKEN_ROUNDS = 2
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ def reopen(run: RunDir, *, quarantined: bool) -> None:
         given_up = union.quarantined() if quarantined else BitMap()
         if not (union.stopped or given_up or union.withheld):
             return
+        if union.stopped:
+            # Who submits by hand wants them tried once more; they still come first.
+            union.ran = {source: seconds / 2 for source, seconds in union.ran.items()}
         union.stopped, union.finished = "", union.finished and not given_up
         union.withheld = BitMap()
         for source in given_up:
@@ -155,6 +160,9 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
         return ""
     if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:
         return f"max_rounds={settings.run.max_rounds} rounds are done and sources are left"
+    too_long = _too_long(run, standing, rounds[-1])
+    if too_long:
+        return too_long
     plans = [open_plan(run, round_).footer.sources for round_ in rounds]
     counts = [*plans, len(standing.remainder)]
     fruitless = 0
@@ -167,6 +175,35 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
         last = broken or _last_reason(run, rounds[-1])
         return f"{fruitless} rounds in a row completed nothing{f': {last}' if last else ''}"
     return ""
+
+
+def _too_long(run: RunDir, standing: Standing, round_: int) -> str:
+    """Return the reason if no source that is left can finish under the round's time limit.
+
+    Those are sources that an attempt worked on for nearly all the time that a fresh one has.
+    As long as any other is left, the run goes on.
+    """
+    ran = standing.union.interrupted()
+    if not ran or any(source not in ran for source in standing.remainder):
+        return ""
+    outcomes = (
+        run.outcome(ref) for task in run.tasks(round_) for ref in run.attempts(round_, task)
+    )
+    usable_s = max((outcome.usable_s for outcome in outcomes if outcome is not None), default=0.0)
+    if not usable_s or any(NEEDS_LONGER * ran[s] <= usable_s for s in standing.remainder):
+        return ""
+    longest = sorted(standing.remainder, key=lambda source: -ran[source])
+    manifest = Manifest.open(run)
+    named = ", ".join(
+        f"{manifest.entry(source).source_id!r} ({ran[source]:.0f} s)" for source in longest[:_NAMED]
+    )
+    more = f" and {len(longest) - _NAMED} more" if len(longest) > _NAMED else ""
+    subject = "1 source needs" if len(longest) == 1 else f"{len(longest)} sources need"
+    return (
+        f"{subject} longer than the time limit, which leaves {usable_s:.0f} s for work: "
+        f"{named}{more} had not finished when it ended. "
+        f"Nobody is charged. Give more time: hpcresume submit {run.path} --time ..."
+    )
 
 
 def _outcomes(run: RunDir, round_: int) -> list[Outcome]:
@@ -219,7 +256,8 @@ def plan_round(
     if launch.cluster == "slurm":
         most = min(most, capacity(settings.site))
     dealt = deal(standing.remainder, most, weight_of)
-    shards = make_shards(dealt, standing.union.attempts(), standing.union.open_suspects())
+    union = standing.union
+    shards = make_shards(dealt, union.attempts(), union.open_suspects(), union.interrupted())
     footer = PlanFooter(
         run_id=run.run_id,
         round=number,

@@ -376,9 +376,14 @@ class _SampleFeed:
         """Return how many sources have not been taken."""
         return len(self._sample.indices) - self._at
 
-    def take(self, count: int, size_bytes: int) -> Inputs | None:
-        """Return up to ``count`` sources; a sample is too small for ``size_bytes`` to matter."""
-        del size_bytes
+    def weight(self, source: int) -> float:
+        """Return 1: a trial has no time limit that it could matter for."""
+        del source
+        return 1.0
+
+    def take(self, count: int, size_bytes: int, *, weight_max: float) -> Inputs | None:
+        """Return up to ``count`` sources; a sample is too small for the bounds to matter."""
+        del size_bytes, weight_max
         if not self.left():
             return None
         taken = self._sample.indices[self._at : self._at + count]
@@ -413,8 +418,11 @@ class _Results:
     counts: dict[int, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
-    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
+    def started(self, call: int, sources: BitMap, *, alone: bool, begins: bool) -> None:
         """Take note of nothing: there is nothing to recover."""
+
+    def began(self, call: int) -> None:
+        """Take note of nothing."""
 
     def ended(self, call: int) -> None:
         """Take note of nothing."""

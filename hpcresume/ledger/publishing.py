@@ -50,6 +50,8 @@ from hpcresume.segment.frame import decode_frame
 from hpcresume.segment.segment import Failure, SegmentFooter, encode_segment
 
 _COPY_BYTES = 1 << 20
+_WORTH_TELLING_S = 5.0
+_MOST_TOLD = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ def publish_pending(
     max_bytes: int = 256 << 20,
     outputs_root: str | None = None,
     with_suspects: bool = False,
+    interrupted_at: float | None = None,
 ) -> PublishReceipt:
     """Publish unpublished commits as one segment and return proof of it.
 
@@ -94,6 +97,8 @@ def publish_pending(
         max_bytes: Start no further commit beyond this size; call again for the rest.
         outputs_root: Node-local directory with the files of ``ctx.output``.
         with_suspects: Record the chunks in flight; for the ledger of a driver that died.
+        interrupted_at: When the attempt had to stop, on the node's monotonic clock: record how
+            long the sources in flight had been worked on.
 
     Returns:
         The receipt; with nothing pending the segment carries progress alone.
@@ -104,11 +109,12 @@ def publish_pending(
         CorruptDataError: The ledger is damaged.
     """
     suspects = ledger.in_flight() if with_suspects else []
-    guilty = [call.sources[0] for call in suspects if call.alone]
     footer = _footer(ledger, run, seq=seq, suspects=suspects)
+    if interrupted_at is not None:
+        footer.ran = _seconds_run(ledger.in_flight(), interrupted_at)
     writer = footer.writer
     ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
-    covered, failures = after, [_death(run, index) for index in guilty]
+    covered, failures = after, [_death(run, call.sources[0]) for call in suspects if call.alone]
 
     def frames() -> Iterator[bytes]:
         nonlocal covered
@@ -146,6 +152,22 @@ def _footer(ledger: Ledger, run: RunDir, *, seq: int, suspects: list[InFlight]) 
         progress=state.progress,
         code=identity.code,
     )
+
+
+def _seconds_run(calls: list[InFlight], until: float) -> dict[int, float]:
+    """Return how long the sources in flight have been worked on, the longest of them.
+
+    Nobody knows which source of a call the time went to, so each gets an equal part: one of
+    them needs longer than that, and the next attempt works on them one by one.
+    """
+    ran: dict[int, float] = {}
+    for call in calls:
+        seconds = until - call.since
+        if call.since and seconds >= _WORTH_TELLING_S:
+            part = round(seconds / len(call.sources), 3)
+            ran.update((source, max(part, ran.get(source, 0.0))) for source in call.sources)
+    longest = sorted(ran, key=lambda source: (-ran[source], source))[:_MOST_TOLD]
+    return {source: ran[source] for source in longest}
 
 
 def _death(run: RunDir, index: int) -> Failure:

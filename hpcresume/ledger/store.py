@@ -3,7 +3,8 @@
 One process writes it (the driver); the publisher reads it.  Three databases:
 
 ``commits``    u64 sequence -> CRC-32C and one group commit: chunk frames and failures
-``in_flight``  u64 call     -> whether it runs alone, and the sources that a worker holds
+``in_flight``  u64 call     -> whether it runs alone, since when, and the sources that a worker
+                            holds
 ``state``      who writes it, counters and progress
 
 Every value has a CRC-32C over its key and data in front.
@@ -42,7 +43,7 @@ INITIAL_MAP_BYTES = 64 << 20
 _READ_BYTES = 64 << 20
 _KEY = struct.Struct(">Q")
 _CRC = struct.Struct("<I")
-_ALONE, _TOGETHER = b"1", b"0"
+_MARK = struct.Struct(">?d")
 ResultT = TypeVar("ResultT")
 
 
@@ -108,14 +109,23 @@ class InFlight:
         sources: Its sources.
         alone: It held one source that had been in flight at a death before, and nothing
             else ran.
+        since: When the worker began with it, on the node's monotonic clock; 0 while it waits
+            behind another call.
     """
 
     sources: BitMap
     alone: bool = False
+    since: float = 0.0
 
     def encode(self) -> bytes:
         """Return the mark's bytes."""
-        return (_ALONE if self.alone else _TOGETHER) + bitmaps.dump(self.sources)
+        return _MARK.pack(self.alone, self.since) + bitmaps.dump(self.sources)
+
+    @classmethod
+    def decode(cls, data: bytes, *, what: str) -> InFlight:
+        """Return a mark from its bytes."""
+        alone, since = _MARK.unpack_from(data)
+        return cls(bitmaps.load(data[_MARK.size :], what=what), alone, since)
 
 
 class Ledger:
@@ -363,10 +373,7 @@ class Ledger:
                 self._unseal(bytes(key), bytes(value)) for key, value in txn.cursor(self._in_flight)
             ]
 
-        return [
-            InFlight(bitmaps.load(data[1:], what=self.path), alone=data[:1] == _ALONE)
-            for data in self._read(read)
-        ]
+        return [InFlight.decode(data, what=self.path) for data in self._read(read)]
 
     def _read(self, action: Callable[[lmdb.Transaction], ResultT]) -> ResultT:
         while True:

@@ -84,6 +84,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
         stopped: Why the run does not go on by itself, empty while it does.
         finished: Whether nothing is left to do.
         withheld: Bitmap of the sources of cancelled array tasks, which wait for the user.
+        ran: Seconds that an attempt worked on a source that is not settled, without finishing.
     """
 
     run_id: str
@@ -96,6 +97,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     stopped: str
     finished: bool
     withheld: bytes = b""
+    ran: dict[int, float] = {}
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Union:
         won: For every folded segment, in order, the sources whose rows are taken from it.
         failures: Sources that failed and are not completed.
         withheld: Sources of cancelled array tasks, which wait for the user.
+        ran: The longest that an attempt worked on a source without finishing it, in seconds.
         fresh: Segments that the generation had not folded.
         passed_over: Highest number of a damaged generation that was passed over.
     """
@@ -121,6 +124,7 @@ class Union:
     stopped: str = ""
     finished: bool = False
     withheld: BitMap = field(default_factory=BitMap)
+    ran: dict[int, float] = field(default_factory=dict)
     fresh: int = 0
     passed_over: int = 0
 
@@ -151,6 +155,8 @@ class Union:
             self._count(failure, footer.writer, max_attempts)
         for index in [index for index in self.failures if index in won]:
             del self.failures[index]
+        for index, seconds in footer.ran.items():
+            self.ran[index] = max(seconds, self.ran.get(index, 0.0))
         self.fresh += 1
 
     def _count(self, failure: Failure, writer: Writer, max_attempts: int) -> None:
@@ -165,6 +171,11 @@ class Union:
         given_up = not failure.retry or attempts >= max_attempts
         quarantined = given_up or (known is not None and known.quarantined)
         self.failures[failure.source] = SourceFailures(attempts, quarantined, failure, charged)
+
+    def interrupted(self) -> dict[int, float]:
+        """Return how long the sources that are still owed were worked on in vain."""
+        settled = self.settled()
+        return {index: seconds for index, seconds in self.ran.items() if index not in settled}
 
     def open_suspects(self) -> list[BitMap]:
         """Return the groups of suspects that are still owed."""
@@ -315,6 +326,7 @@ def _load(run: RunDir, number: int) -> Union:
         stopped=footer.stopped,
         finished=footer.finished,
         withheld=_load_optional(footer.withheld, what=container.path),
+        ran=dict(footer.ran),
     )
 
 
@@ -343,6 +355,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         stopped=union.stopped,
         finished=union.finished,
         withheld=bitmaps.dump(union.withheld),
+        ran=union.interrupted(),
     )
 
     def blocks() -> Iterator[bytes]:

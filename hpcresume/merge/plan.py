@@ -36,11 +36,13 @@ class Shard(msgspec.Struct, frozen=True):
         sources: Bitmap of its sources.
         attempts: Tries that earlier attempts charged, by source.
         suspects: Bitmaps of sources that were in flight at an unexplained death.
+        ran: Seconds that an earlier attempt worked on a source without finishing it.
     """
 
     sources: bytes
     attempts: dict[int, int]
     suspects: list[bytes]
+    ran: dict[int, float] = {}
 
     def bitmap(self) -> BitMap:
         """Return the shard's sources."""
@@ -190,15 +192,20 @@ def _weighted_blocks(
 
 
 def make_shards(
-    dealt: list[BitMap], attempts: Mapping[int, int], suspects: list[BitMap]
+    dealt: list[BitMap],
+    attempts: Mapping[int, int],
+    suspects: list[BitMap],
+    ran: Mapping[int, float] | None = None,
 ) -> list[Shard]:
     """Return the shards of a deal, each with what earlier attempts learnt of its sources."""
-    charged = BitMap(attempts)
+    charged, ran = BitMap(attempts), ran or {}
+    interrupted = BitMap(ran)
     shards = []
     for sources in dealt:
         groups = [bitmaps.dump(found) for group in suspects if (found := group & sources)]
         tries = {index: attempts[index] for index in charged & sources}
-        shards.append(Shard(bitmaps.dump(sources), tries, groups))
+        seconds = {index: ran[index] for index in interrupted & sources}
+        shards.append(Shard(bitmaps.dump(sources), tries, groups, seconds))
     return shards
 
 

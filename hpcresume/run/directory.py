@@ -112,6 +112,8 @@ class Outcome(msgspec.Struct, frozen=True):
         stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.
+        usable_s: Seconds that its time limit left for work on sources, had it not been changed;
+            0 where that is not known.
     """
 
     state: str
@@ -120,6 +122,7 @@ class Outcome(msgspec.Struct, frozen=True):
     stage: str = ""
     completed: int = 0
     elapsed_s: float = 0.0
+    usable_s: float = 0.0
 
 
 class JobRecord(msgspec.Struct, frozen=True):

@@ -25,6 +25,8 @@ from hpcresume.segment.container import (
 from hpcresume.segment.frame import Frame, decode_frame, frame_bitmap
 
 KIND = b"SEGM"
+NEEDS_LONGER = 1.1
+"""A source that ran so long without finishing is not started with less than 1.1 times as long."""
 
 
 class Writer(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -112,6 +114,8 @@ class SegmentFooter(msgspec.Struct):
         stage_names: Names of the stages, for item ids.
         progress: How the attempt stands.
         code: Number of the code snapshot that ran.
+        ran: Sources that were in work when the attempt had to stop, with the seconds that it
+            had worked on them: they need longer than that, and nobody is charged.
     """
 
     run_id: str
@@ -125,6 +129,7 @@ class SegmentFooter(msgspec.Struct):
     stage_names: list[str]
     progress: Progress
     code: int
+    ran: dict[int, float] = {}
 
 
 _FAILURES = msgspec.msgpack.Decoder(list[Failure])

@@ -7,6 +7,7 @@ at any moment without losing what it committed: the supervisor has the ledger pu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -47,6 +48,7 @@ from hpcresume.task.messages import (
     Channel,
     DriverOrder,
     Ended,
+    FinishBy,
     Hold,
     Published,
     Report,
@@ -61,6 +63,7 @@ _REPORT_S = 0.2
 _STATE_S = 1.0
 _CLOSE_S = 5.0
 _START_SLOT_S = 15.0
+_NO_TIME = "no source that is left is expected to finish within the time limit"
 
 
 class LedgerListener:
@@ -68,14 +71,26 @@ class LedgerListener:
 
     def __init__(self, committer: GroupCommitter) -> None:
         self._committer = committer
+        self._waiting: dict[int, InFlight] = {}
         self.bytes_added = 0
 
-    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
+    def started(self, call: int, sources: BitMap, *, alone: bool, begins: bool) -> None:
         """Mark a call as in flight."""
-        self._committer.mark(call, InFlight(sources, alone=alone).encode())
+        mark = InFlight(sources, alone, time.monotonic() if begins else 0.0)
+        if not begins:
+            self._waiting[call] = mark
+        self._committer.mark(call, mark.encode())
+
+    def began(self, call: int) -> None:
+        """Mark since when it is worked on."""
+        mark = self._waiting.pop(call, None)
+        if mark is not None:
+            mark = dataclasses.replace(mark, since=time.monotonic())
+            self._committer.mark(call, mark.encode())
 
     def ended(self, call: int) -> None:
         """Take the mark away, with the results it led to."""
+        self._waiting.pop(call, None)
         self._committer.add(unmark=call)
 
     def completed(self, frame: bytes, sources: int) -> None:
@@ -94,7 +109,7 @@ class Driver:
     def __init__(self, spec: AttemptSpec, work: Work, channel: Channel) -> None:
         self._spec, self._work, self._channel = spec, work, channel
         self._deadline: float | None = None
-        self._stopping = False
+        self._told_ready = False
         self._start = time.monotonic()
         self._next_report = self._next_state = 0.0
         self._published_bytes = 0
@@ -151,7 +166,8 @@ class Driver:
     ) -> Executor:
         spec = self._spec
         suspects = [bitmaps.load(g, what="suspects") & sources for g in self._work.suspects]
-        ordinary = sources - bitmaps.union(suspects)
+        ran = {s: seconds for s, seconds in self._work.ran.items() if s in sources}
+        ordinary = sources - bitmaps.union(suspects) - BitMap(ran)
         return Executor(
             groups,
             pool,
@@ -164,6 +180,7 @@ class Driver:
             ),
             attempts=self._work.attempts,
             suspects=suspects,
+            ran=ran,
             has_sink=pipeline.sink is not None,
         )
 
@@ -216,7 +233,9 @@ class Driver:
         if self._channel.closed:
             return False
         now = time.monotonic()
-        if now >= self._next_report:
+        # A first source that blocks this process must not keep the start from being told.
+        if now >= self._next_report or self._executor.ready != self._told_ready:
+            self._told_ready = self._executor.ready
             self._next_report = now + _REPORT_S
             self._executor.flush_completed()
             self._report()
@@ -229,6 +248,8 @@ class Driver:
         if isinstance(order, Stop):
             self._deadline = order.deadline
             self._executor.stop()
+        elif isinstance(order, FinishBy):
+            self._executor.finish_by(order.deadline)
         elif isinstance(order, Hold):
             self._executor.hold(order.on)
         else:
@@ -257,6 +278,7 @@ class Driver:
                 quarantined=executor.quarantined,
                 left=self._left(),
                 ready=executor.ready,
+                lacks_time=executor.lacks_time,
             )
         )
 
@@ -269,6 +291,7 @@ class Driver:
             completed=executor.completed,
             failing=executor.failing,
             left=self._left(),
+            note=_NO_TIME if executor.lacks_time else "",
         )
         self._committer.add(state=LedgerState(executor.counts(), progress))
 

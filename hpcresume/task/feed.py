@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Sequence
 
 from pyroaring import BitMap
 
 from hpcresume.engine.calls import Inputs
-from hpcresume.run.manifest import Manifest
+from hpcresume.run.manifest import Entry, Manifest
 
 
 class ShardFeed:
-    """Hands out a shard's sources in index order; reads its own blocks of the manifest only."""
+    """Hands out a shard's sources in index order; reads its own blocks of the manifest only.
+
+    Sources that are too heavy for now are passed over, and taken as soon as they are not.
+    """
 
     def __init__(self, manifest: Manifest, sources: BitMap) -> None:
         self._manifest, self._sources, self._at = manifest, sources, 0
-        self._count = len(sources)
+        self._count, self._uniform = len(sources), manifest.uniform
+        self._passed_over: list[tuple[float, int]] = []
 
     def left(self) -> int:
         """Return how many sources have not been taken."""
-        return self._count - self._at
+        return self._count - self._at + len(self._passed_over)
 
-    def take(self, count: int, size_bytes: int) -> Inputs | None:
-        """Return up to ``count`` sources in index order, None when there are no more."""
-        if self._at >= self._count:
+    def weight(self, source: int) -> float:
+        """Return a source's expected cost, relative to the others."""
+        return 1.0 if self._uniform else self._manifest.entry(source).weight
+
+    def take(
+        self, count: int, size_bytes: int, *, weight_max: float = float("inf")
+    ) -> Inputs | None:
+        """Return up to ``count`` sources of at most that weight; None where none is left."""
+        if self._uniform and weight_max < 1:
             return None
-        indices = self._sources[self._at : self._at + count].to_array()
-        inputs = self._inputs(indices, size_bytes)
-        self._at += len(inputs)
-        return inputs
+        passed_over = self._passed_over
+        if passed_over and passed_over[0][0] <= weight_max:
+            return self.give([heapq.heappop(passed_over)[1]])
+        while self._at < self._count:
+            indices = self._sources[self._at : self._at + count].to_array()
+            inputs = self._take(indices, size_bytes, weight_max)
+            if len(inputs):
+                return inputs
+        return None
+
+    def _take(self, indices: array[int], size_bytes: int, weight_max: float) -> Inputs:
+        if self._manifest.is_indexed(indices[0]):
+            self._at += len(indices)
+            return Inputs(indices)
+        chosen: list[Entry] = []
+        size = 0
+        for entry in self._manifest.entries(indices):
+            self._at += 1
+            if entry.weight > weight_max:
+                heapq.heappush(self._passed_over, (entry.weight, entry.source))
+                continue
+            chosen.append(entry)
+            size += len(entry.payload)
+            if size >= size_bytes:
+                break
+        return self._inputs(chosen)
 
     def give(self, sources: Sequence[int]) -> Inputs:
         """Return given sources, in any number, in the order given."""
-        return self._inputs(array("I", sources), None)
+        if sources and self._manifest.is_indexed(sources[0]):
+            return Inputs(array("I", sources))
+        return self._inputs(list(self._manifest.entries(sources)))
 
-    def _inputs(self, indices: array[int], size_bytes: int | None) -> Inputs:
-        if indices and self._manifest.is_indexed(indices[0]):
-            return Inputs(indices)
-        records, size = [], 0
-        for entry in self._manifest.entries(indices):
-            records.append((entry.source_id, entry.payload))
-            size += len(entry.payload)
-            if size_bytes is not None and size >= size_bytes:
-                break
-        return Inputs(indices[: len(records)], records=records)
+    def _inputs(self, entries: list[Entry]) -> Inputs:
+        return Inputs(
+            array("I", [entry.source for entry in entries]),
+            records=[(entry.source_id, entry.payload) for entry in entries],
+            weight=None if self._uniform else sum(entry.weight for entry in entries),
+        )

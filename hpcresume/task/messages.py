@@ -63,11 +63,19 @@ class AttemptSpec(msgspec.Struct, frozen=True):
 
 
 class Work(msgspec.Struct, frozen=True):
-    """What is left of the shard: bitmap, tries charged so far, suspects."""
+    """What is left of the shard.
+
+    Attributes:
+        sources: Bitmap of its sources.
+        attempts: Tries charged so far, by source.
+        suspects: Bitmaps of sources that were in flight at an unexplained death.
+        ran: Seconds that an attempt worked on a source without finishing it.
+    """
 
     sources: bytes
     attempts: dict[int, int]
     suspects: list[bytes]
+    ran: dict[int, float]
 
 
 # -- supervisor to driver ---------------------------------------------------------------------
@@ -75,6 +83,12 @@ class Work(msgspec.Struct, frozen=True):
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Admit nothing more; end when drained, or at ``deadline`` (monotonic seconds)."""
+
+    deadline: float
+
+
+class FinishBy(msgspec.Struct, frozen=True, tag=True):
+    """Start no source that is not expected to finish by ``deadline`` (monotonic seconds)."""
 
     deadline: float
 
@@ -106,6 +120,8 @@ class Report(msgspec.Struct, frozen=True, tag=True):
         quarantined: Sources given up.
         left: Sources that are not settled.
         ready: Whether the workers have started.
+        lacks_time: Whether nothing runs because no source that is left is expected to finish
+            in time.
     """
 
     last: int
@@ -116,6 +132,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     quarantined: int
     left: int
     ready: bool
+    lacks_time: bool
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -144,13 +161,16 @@ class Publish(msgspec.Struct, frozen=True, tag=True):
         after: Commits up to here are published.
         seq: Number of the segment.
         max_bytes: Size of one segment.
-        driver_died: Verify the ledger first, and record what was in flight.
+        driver_died: Verify the ledger first, and record what was in flight as suspect, unless
+            the driver was ended on purpose.
+        interrupted_at: When the attempt was stopped with sources in work (monotonic seconds).
     """
 
     after: int
     seq: int
     max_bytes: int
     driver_died: bool = False
+    interrupted_at: float | None = None
 
 
 class Recover(msgspec.Struct, frozen=True, tag=True):
@@ -207,7 +227,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     damaged: bool = False
 
 
-DriverOrder = Stop | Hold | Published
+DriverOrder = Stop | FinishBy | Hold | Published
 DriverReport = Report | Ended
 PublisherOrder = Publish | Recover | WriteOutcome
 PublisherReport = Receipt | Recovered | OutcomeWritten | Refused

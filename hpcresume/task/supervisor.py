@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from hpcresume.merge.generation import read_task_union
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
 from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.segment import NEEDS_LONGER
 from hpcresume.task.allocation import (
     may_requeue_itself,
     read_allocation,
@@ -51,6 +51,7 @@ from hpcresume.task.messages import (
     DriverOrder,
     DriverReport,
     Ended,
+    FinishBy,
     Hold,
     OutcomeWritten,
     Publish,
@@ -81,12 +82,17 @@ from hpcresume.task.scratch import (
     make_scratch,
     sweep,
 )
+from hpcresume.task.time_limit import TimeLimit
 
 _TICK_S = 0.5
 _RECOVER_S = 120.0
 _FINAL_PUBLISH_S = 600.0
 _END_DESCENDANTS_S = 5.0
 _MARGIN_S = 3.0
+_DRIVER_CLOSE_S = 5.0
+_ASK_AHEAD_S = 2.0
+_FIRST_ANSWER_S = 5.0
+_RECENT_S = 30.0
 _MAX_BACKOFF_S = 30.0
 _HUNG_S = 60.0
 _DRIVER_OOM_SCORE, _PUBLISHER_OOM_SCORE = 500, 200
@@ -152,6 +158,7 @@ class _State:
     stop_kind: str | None = None
     stop_reason: str = ""
     stop_deadline: float = float("inf")
+    driver_deadline: float = float("inf")
     publishing: _Publishing = field(default_factory=_Publishing)
 
 
@@ -159,15 +166,21 @@ class Supervisor:
     """One attempt of one array task."""
 
     def __init__(self, run: RunDir, round_: int, task: int, environ: Mapping[str, str]) -> None:
+        # First of all: until then submitit's handlers would act on signals.
+        self._signals = _Signals.install()
         self._run, self._round, self._task, self._environ = run, round_, task, environ
         self._plan = open_plan(run, round_)
         self._settings = msgspec.convert(self._plan.footer.settings, Settings)
         self._allocation = read_allocation(environ)
         self._state = _State()
-        self._signals = _Signals.install()
-        self._end_time: float | None = None
+        self._limit = TimeLimit(
+            lambda: read_end_time(self._allocation, environ),
+            near_s=self._stop_budget_s + _ASK_AHEAD_S,
+        )
+        self._signalled_at: float | None = None
         self._told_deadline: float | None = None
-        self._time_known = threading.Event()
+        self._ready_at: float | None = None
+        self._interrupted_at: float | None = None
         self._start = time.monotonic()
         self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
         self._recovered: list[AttemptRef] = []
@@ -219,7 +232,12 @@ class Supervisor:
         if not left:
             return None
         suspects = shard.suspects + [bitmaps.dump(group) for group in union.open_suspects()]
-        return Work(bitmaps.dump(left), attempts, suspects)
+        ran = {
+            source: max(shard.ran.get(source, 0.0), union.ran.get(source, 0.0))
+            for source in (shard.ran.keys() | union.ran.keys())
+            if source in left
+        }
+        return Work(bitmaps.dump(left), attempts, suspects, ran)
 
     def _prepare(self, ref: AttemptRef) -> Scratch:
         info = AttemptInfo(
@@ -283,6 +301,9 @@ class Supervisor:
         self._ref, self._scratch = ref, scratch
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals.wake_read, selectors.EVENT_READ)
+        if self._allocation.element is not None:
+            self._limit.look()
+            self._limit.turn()
         self._publisher = self._start_publisher()
         self._recover_dead()
         work = self._work()
@@ -290,6 +311,10 @@ class Supervisor:
             self._state.ended = Ended("finished", "an earlier attempt had done it all", 0)
         elif self._signals.terminate:
             self._state.ended = Ended("terminated", "SIGTERM before the work began", 0)
+        elif self._is_too_long(work):
+            self._ready_at = time.monotonic()
+            reason = "every source that is left has run longer than the time limit leaves"
+            self._state.ended = Ended("time-limit", reason, 0)
         else:
             _write_private(os.path.join(scratch.path, "work"), msgspec.msgpack.encode(work))
             self._work_with(self._start_driver())
@@ -304,8 +329,20 @@ class Supervisor:
         self._selector.register(self._driver.channel.read_fd, selectors.EVENT_READ)
         return self._driver
 
+    def _is_too_long(self, work: Work) -> bool:
+        """Tell whether no source that is left can finish; nothing needs to start then."""
+        if not work.ran:
+            return False
+        if self._allocation.element is not None:
+            # The driver starts these sources first, and is to know what time it has.
+            self._limit.wait(_FIRST_ANSWER_S)
+        finish_by = self._finish_by(self._limit.end)
+        if finish_by is None or len(work.ran) < len(bitmaps.load(work.sources, what="the shard")):
+            return False
+        return NEEDS_LONGER * min(work.ran.values()) > finish_by - time.monotonic()
+
     def _work_with(self, driver: Child) -> None:
-        self._look_at_time()
+        self._heed_signals()
         while not self._is_over():
             self._step(driver)
 
@@ -375,41 +412,60 @@ class Supervisor:
         state = self._state
         if state.ended is not None or state.driver_died is not None:
             return True
-        return time.monotonic() > state.stop_deadline + _MARGIN_S
+        # A driver that a stage blocks does not hear the order; its commits need time, too.
+        latest = min(state.stop_deadline, state.driver_deadline + _DRIVER_CLOSE_S) + _MARGIN_S
+        return time.monotonic() > latest
 
     def _heed_signals(self) -> None:
         if self._signals.terminate and self._state.stop_kind is None:
             self._stop("terminated", "SIGTERM", self._settings.task.drain_s)
         if self._signals.look_at_time:
             self._signals.look_at_time = False
-            self._look_at_time(signalled=True)
-        if self._time_known.is_set() and self._end_time is not None:
-            if self._state.stop_kind is None:
-                self._tell_deadline(self._end_time)
-            budget = self._settings.task.drain_s + 2 * _MARGIN_S
-            left = self._end_time - time.monotonic()
-            if left < budget and self._state.stop_kind is None:
-                self._stop("time-limit", "the time limit is near", max(1.0, left - 2 * _MARGIN_S))
+            self._signalled_at = time.monotonic()
+            self._limit.look()
+        if self._allocation.element is not None:
+            self._limit.turn()
+        if self._state.stop_kind is None:
+            self._heed_time()
 
-    def _look_at_time(self, *, signalled: bool = False) -> None:
-        """Ask Slurm, beside everything else, when the time limit ends this task.
+    def _heed_time(self) -> None:
+        """Stop where the time limit is near, or leaves too little for any source.
 
         USR2 is a reason to ask again, not to stop: it comes up to a minute early, and limits
         can be changed.  Where nobody knows the end, USR2 stops.
         """
-        if self._allocation.element is None:
-            if signalled:
+        limit, now, report = self._limit, time.monotonic(), self._state.report
+        if limit.end is None:
+            asked = self._allocation.element is None or limit.is_newer_than(self._signalled_at or 0)
+            if self._signalled_at is not None and asked:
                 self._stop("time-limit", "SIGUSR2", self._settings.task.drain_s)
             return
+        self._tell_deadline(limit.end)
+        left = limit.end - now
+        drain_s = max(1.0, min(left - 2 * _MARGIN_S, self._settings.task.drain_s))
+        if left < self._stop_budget_s and self._is_confirmed(left):
+            self._stop("time-limit", "the time limit is near", drain_s)
+        elif report is not None and report.lacks_time:
+            # The limit may have been raised since it was asked for last.
+            if not limit.is_newer_than(now - _RECENT_S):
+                limit.look()
+                return
+            reason = f"no source that is left is expected to finish in the {left:.0f} s left"
+            self._stop("time-limit", reason, drain_s)
 
-        def ask() -> None:
-            end = read_end_time(self._allocation, self._environ)
-            if end is None and signalled:
-                end = time.monotonic()
-            self._end_time = end
-            self._time_known.set()
+    def _is_confirmed(self, left: float) -> bool:
+        """Tell whether Slurm was asked just now, or there is no more time to wait for it."""
+        asked_after = time.monotonic() + left - self._stop_budget_s - _ASK_AHEAD_S
+        return self._limit.is_newer_than(asked_after) or left < self._stop_budget_s - _MARGIN_S
 
-        threading.Thread(target=ask, daemon=True).start()
+    @property
+    def _stop_budget_s(self) -> float:
+        """How long before the end of the time limit no more sources are admitted at all."""
+        return self._settings.task.drain_s + 2 * _MARGIN_S
+
+    def _finish_by(self, end: float | None) -> float | None:
+        """Return when the last source must be finished, so that the rest can be published."""
+        return None if end is None else end - 2 * _MARGIN_S - self._settings.task.drain_s / 2
 
     def _stop(self, kind: str, reason: str, drain_s: float) -> None:
         state = self._state
@@ -420,13 +476,17 @@ class Supervisor:
         say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
         self._tell_deadline(state.stop_deadline)
         # Half of the budget is for what runs, half for publishing what it leads to.
-        self._order_driver(Stop(time.monotonic() + drain_s / 2))
+        state.driver_deadline = time.monotonic() + drain_s / 2
+        self._order_driver(Stop(state.driver_deadline))
 
     def _tell_deadline(self, deadline: float) -> None:
-        """Let the stages know by when they must be done, where that has changed."""
+        """Let stages and driver know by when they must be done, where that has changed."""
         if deadline != self._told_deadline:
             self._told_deadline = deadline
             write_deadline(self._scratch.path, deadline)
+            finish_by = self._finish_by(self._limit.end)
+            if finish_by is not None:
+                self._order_driver(FinishBy(finish_by))
 
     def _order_driver(self, order: DriverOrder) -> None:
         if self._driver is not None:
@@ -435,8 +495,12 @@ class Supervisor:
     def _hear_driver(self, report: DriverReport) -> None:
         if isinstance(report, Ended):
             self._state.ended = report
+            if report.kind == "terminated":
+                self._interrupted_at = time.monotonic()
             return
         self._state.report = report
+        if report.ready and self._ready_at is None:
+            self._ready_at = time.monotonic()
         publishing = self._state.publishing
         if report.last > publishing.receipt and publishing.unpublished_since is None:
             publishing.unpublished_since = time.monotonic()
@@ -496,7 +560,13 @@ class Supervisor:
         publishing.seq += 1
         publishing.in_flight_since = time.monotonic()
         self._publisher.channel.send(
-            Publish(publishing.receipt, publishing.seq, self._settings.sync.max_bytes, driver_died)
+            Publish(
+                publishing.receipt,
+                publishing.seq,
+                self._settings.sync.max_bytes,
+                driver_died,
+                self._interrupted_at,
+            )
         )
 
     def _hear_publisher(self, report: PublisherReport) -> None:
@@ -550,6 +620,7 @@ class Supervisor:
         state = self._state
         if self._driver is not None and state.ended is None and state.driver_died is None:
             # It did not drain in time: what it committed is published without it.
+            self._interrupted_at = time.monotonic()
             self._driver.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._driver.process.wait(timeout=_MARGIN_S)
@@ -628,7 +699,15 @@ class Supervisor:
             name = "broken"
         else:
             name = "superseded" if kind == "superseded" else "saved"
-        return Outcome(name, reason, kind, stage, state.publishing.sources, self._elapsed())
+        sources = state.publishing.sources
+        return Outcome(name, reason, kind, stage, sources, self._elapsed(), self._usable_s())
+
+    def _usable_s(self) -> float:
+        """Return how long a fresh attempt can work under the time limit as it was given."""
+        finish_by = self._finish_by(self._limit.first_end)
+        if finish_by is None or self._ready_at is None:
+            return 0.0
+        return round(max(0.0, finish_by - self._ready_at), 3)
 
     def _requeue_if_ours(self, outcome: Outcome) -> None:
         """Requeue this element after a stop that Slurm will not restart by itself.

@@ -95,23 +95,6 @@ def test_preemption_with_grace(slurm_cluster: SlurmCluster) -> None:
     assert fan_result() == collected(command, run)
 
 
-def test_time_limit(slurm_cluster: SlurmCluster) -> None:
-    """
-    Near its time limit a task stops taking sources, publishes and requeues exactly itself;
-    USR2, which comes early, only makes it look at the limit.
-    """
-    command, run = submit(slurm_cluster, "--array", "1", "-c", "2", "-t", "1", ms=600)
-
-    status = command.wait_ended(run, timeout_s=300)
-
-    first, second = attempts_of(command, run)
-    assert ("saved", "time-limit") == (first["state"], first["kind"])
-    assert 40 < first["elapsed_s"] < 60
-    assert "done" == second["state"]
-    assert ("complete", 1) == (status["state"], len(status["rounds"]))
-    assert fan_result() == collected(command, run)
-
-
 def test_cancelled_element_stays_out(slurm_cluster: SlurmCluster) -> None:
     """
     scancel of one element means stop: it publishes what it has, the merge job reports its
@@ -272,38 +255,3 @@ def test_out_of_memory_in_a_worker(cgroup_cluster: SlurmCluster) -> None:
     assert ("incomplete", 39) == (status["state"], status["sources"]["completed"])
     assert ("7", "death", 3) == (failure["source"], failure["kind"], failure["attempts"])
     assert [1] == [task["attempt"] for task in status["tasks"]]
-
-
-LEFT = '''
-import hpcresume as hr
-
-
-def pipeline() -> hr.Pipeline:
-    """How long the second of two slow items may still take."""
-
-    def left(i, ctx):
-        import time
-
-        while i and ctx.seconds_left() is None:
-            time.sleep(0.1)
-        return ctx.seconds_left() if i else 0
-
-    return hr.Pipeline(name="left", sources=hr.indexed(2), stages=[left])
-'''
-
-
-def test_stages_know_their_time_limit(slurm_cluster: SlurmCluster) -> None:
-    """`ctx.seconds_left()` is the rest of the array task's time limit."""
-    directory = slurm_cluster.folder("left")
-    (directory / "left.py").write_text(LEFT)
-    command, run = Command(directory, slurm_cluster.env), directory / "run"
-    command.run(
-        *("submit", "left.py", "--run-dir", "run", "-t", "5", "--engine", "inline"),
-        *("--local-dir", str(slurm_cluster.scratch)),
-    )
-
-    command.wait_ended(run)
-
-    first, second = collected(command, run).split()
-    assert b"0" == first
-    assert 200 < float(second) <= 300

@@ -81,6 +81,9 @@ def pipelines(draw: st.DrawFn) -> dict[str, Any]:
         "workers": draw(st.integers(1, 3)),
         "chunk_max": draw(st.integers(1, 30)),
         "waiting_max": draw(st.integers(1, 50)),
+        "weights": draw(st.dictionaries(st.integers(0, 19), st.sampled_from([0, 0.5, 3]))),
+        "ran": draw(st.dictionaries(st.integers(0, 19), st.sampled_from([0.5, 8, 50]))),
+        "left": draw(st.sampled_from([None, 0, 2, 10])),
         "seconds": draw(st.sampled_from([None, 1e-6, 1e-3, 1.0])),
         "seed": draw(st.integers(0, 2**32)),
     }
@@ -170,7 +173,8 @@ def make_kills(case: dict[str, Any]) -> Any:
 def test_every_source_ends_as_the_model_says(case: dict[str, Any]) -> None:
     """
     Each source completes exactly once with the model's rows in order, or is charged each of
-    its tries; nobody else is charged, whoever died and in whatever order results came.
+    its tries; nobody else is charged, whoever died, in whatever order results came, and
+    whatever a time limit put off.
     """
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(
@@ -185,9 +189,20 @@ def test_every_source_ends_as_the_model_says(case: dict[str, Any]) -> None:
             ),
             kills=make_kills(case),
             seconds_per_item=case["seconds"],
+            weights=case["weights"],
+            ran={source: s for source, s in case["ran"].items() if source < case["n"]},
             rng=Random(case["seed"]),
         )
-        assert bench.run()
+        if case["left"] is not None:
+            bench.executor.finish_by(bench.pool.clock() + case["left"])
+
+        def tick() -> bool:
+            """Raise the limit once it keeps everything that is left from being started."""
+            if bench.executor.lacks_time:
+                bench.executor.finish_by(None)
+            return True
+
+        assert bench.run(tick)
     rows, charges = expected(case)
     found: dict[int, list[int]] = {}
     for failure in bench.outcomes.failures:

@@ -90,6 +90,7 @@ def footer_of(
     seq: int = 1,
     *,
     suspects: Sequence[Iterable[int]] = (),
+    ran: Mapping[int, float] | None = None,
     run_id: str = RUN_ID,
 ) -> SegmentFooter:
     """Return a footer that :func:`encode_segment` fills."""
@@ -105,6 +106,7 @@ def footer_of(
         stage_names=["a"],
         progress=Progress(),
         code=1,
+        ran=dict(ran or {}),
     )
 
 
@@ -134,6 +136,7 @@ def publish_segment(
     *,
     failures: Sequence[Failure] = (),
     suspects: Sequence[Iterable[int]] = (),
+    ran: Mapping[int, float] | None = None,
     digest: str = "0" * 16,
 ) -> SegmentName:
     """Publish a segment under the attempt of ``writer`` and return its name."""
@@ -141,7 +144,7 @@ def publish_segment(
     make_directories(run.fs, run.attempt_path(name.attempt))
     sources = list(sources)
     frames = [frame(sources)] if sources else []
-    footer = footer_of(Writer(*writer), seq, suspects=suspects, run_id=run.run_id)
+    footer = footer_of(Writer(*writer), seq, suspects=suspects, ran=ran, run_id=run.run_id)
     parts = encode_segment(footer, frames, list(failures))
     publish(run.fs, run.segment_path(name), parts, label="segment")
     return name

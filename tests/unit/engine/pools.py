@@ -47,6 +47,17 @@ class Submitted:
 
 
 @dataclass
+class Clock:
+    """A clock that a test moves on."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        """Return what time it is."""
+        return self.now
+
+
+@dataclass
 class ScriptedPool:
     """Runs calls in this process, oldest of a worker first.
 
@@ -54,6 +65,8 @@ class ScriptedPool:
         kills: Asked before each call whether it kills its worker.
         fails_to_start: Asked at each start why it fails, if it does.
         seconds_per_item: What calls are said to have taken.
+        takes: Asked what a call takes, instead; the clock is moved on by it.
+        clock: What time it is.
         rng: Chooses which worker goes next; without it the first that has a call.
     """
 
@@ -63,6 +76,8 @@ class ScriptedPool:
     kills: Callable[[WorkerRef, Inputs, bool], Death | None] = lambda _w, _i, _m: None
     fails_to_start: Callable[[WorkerRef], str | None] = lambda _w: None
     seconds_per_item: float | None = None
+    takes: Callable[[Inputs], float] | None = None
+    clock: Clock = field(default_factory=Clock)
     rng: Random | None = None
     log: list[Submitted] = field(default_factory=list)
     starts: list[WorkerRef] = field(default_factory=list)
@@ -135,6 +150,9 @@ class ScriptedPool:
         result = asyncio.run(coroutine) if is_async else run_now(coroutine)
         if self.seconds_per_item is not None:
             result.seconds = self.seconds_per_item * len(inputs)
+        if self.takes is not None:
+            result.seconds = self.takes(inputs)
+            self.clock.now += result.seconds
         self._events.append(Finished(call, result))
 
 
@@ -143,28 +161,34 @@ class ListFeed:
 
     def __init__(self, payloads: Sequence[Any]) -> None:
         self._records = [(f"s{i}", encode_payload(payload)) for i, payload in enumerate(payloads)]
-        self.hidden = BitMap()
-        self.at = 0
+        self.taken = BitMap()
+        self.weights: dict[int, float] = {}
 
     def _fresh(self) -> list[int]:
-        return [i for i in range(self.at, len(self._records)) if i not in self.hidden]
+        return [i for i in range(len(self._records)) if i not in self.taken]
 
     def left(self) -> int:
         """Return how many sources have not been taken."""
         return len(self._fresh())
 
-    def take(self, count: int, size_bytes: int) -> Inputs | None:
-        """Return the next sources."""
+    def take(self, count: int, size_bytes: int, *, weight_max: float) -> Inputs | None:
+        """Return the next sources that are not too heavy."""
         del size_bytes
-        fresh = self._fresh()[:count]
-        if not fresh:
-            return None
-        self.at = fresh[-1] + 1
-        return self.give(fresh)
+        fresh = [i for i in self._fresh() if self.weight(i) <= weight_max][:count]
+        self.taken |= BitMap(fresh)
+        return self.give(fresh) if fresh else None
+
+    def weight(self, source: int) -> float:
+        """Return a source's weight."""
+        return self.weights.get(source, 1.0)
 
     def give(self, sources: Sequence[int]) -> Inputs:
         """Return given sources."""
-        return Inputs(array("I", sources), records=[self._records[i] for i in sources])
+        return Inputs(
+            array("I", sources),
+            records=[self._records[i] for i in sources],
+            weight=sum(map(self.weight, sources)),
+        )
 
 
 @dataclass
@@ -175,15 +199,24 @@ class Outcomes:
     failures: list[Failure] = field(default_factory=list)
     open: dict[int, list[int]] = field(default_factory=dict)
     alone: list[list[int]] = field(default_factory=list)
+    begun: set[int] = field(default_factory=set)
     events: list[tuple[str, list[int]]] = field(default_factory=list)
 
-    def started(self, call: int, sources: BitMap, *, alone: bool) -> None:
+    def started(self, call: int, sources: BitMap, *, alone: bool, begins: bool) -> None:
         """Note a call in flight."""
         assert call not in self.open
+        if begins:
+            self.begun.add(call)
         self.open[call] = list(sources)
         self.events.append(("started", list(sources)))
         if alone:
             self.alone.append(list(sources))
+
+    def began(self, call: int) -> None:
+        """Note that a call which waited is worked on."""
+        assert call in self.open
+        assert call not in self.begun
+        self.begun.add(call)
 
     def ended(self, call: int) -> None:
         """Note its end."""
@@ -222,6 +255,8 @@ class Bench:
         sink: Any = "rows",
         suspects: Sequence[BitMap] = (),
         attempts: dict[int, int] | None = None,
+        ran: dict[int, float] | None = None,
+        weights: dict[int, float] | None = None,
         **pool: Any,
     ) -> None:
         pipeline = hr.Pipeline(
@@ -233,8 +268,8 @@ class Bench:
         self.groups = make_groups(pipeline.stages, cpus=workers)
         self.pool = ScriptedPool(pipeline, self.groups, directory, **pool)
         self.feed, self.outcomes = ListFeed(payloads), Outcomes()
-        for group in suspects:
-            self.feed.hidden |= group
+        self.feed.taken = BitMap(ran or {}).union(*suspects)
+        self.feed.weights = weights or {}
         self.executor = Executor(
             self.groups,
             self.pool,
@@ -243,7 +278,9 @@ class Bench:
             limits or Limits(),
             attempts=attempts,
             suspects=suspects,
+            ran=ran,
             has_sink=pipeline.sink is not None,
+            clock=self.pool.clock,
         )
 
     def run(self, tick: Callable[[], bool] = lambda: True) -> bool:

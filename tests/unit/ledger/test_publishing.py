@@ -110,6 +110,33 @@ def test_what_was_in_flight_at_a_death(run: RunDir, ledger: Ledger) -> None:
     assert ("death", "s7") == (union.failures[7].last.kind, union.failures[7].last.source_id)
 
 
+def test_how_long_interrupted_sources_ran(run: RunDir, ledger: Ledger) -> None:
+    """
+    Only on request: a source has run since its call began, and those of one call share its
+    time; calls that waited behind another and calls of a moment say nothing; nobody is charged.
+    """
+    marks = {1: InFlight(BitMap([4]), since=100.0), 2: InFlight(BitMap([5, 6]), since=80.0),
+             3: InFlight(BitMap([7])), 4: InFlight(BitMap([8]), since=138.0)}  # fmt: skip
+    ledger.commit(Batch(mark={call: mark.encode() for call, mark in marks.items()}))
+    assert {} == segment_of(run, publish_pending(ledger, run, seq=1)).footer.ran
+
+    footer = segment_of(run, publish_pending(ledger, run, seq=2, interrupted_at=140.0)).footer
+
+    assert {4: 40.0, 5: 30.0, 6: 30.0} == footer.ran
+    union = read_union(run, max_attempts=3)
+    assert ([], {}, footer.ran) == (union.open_suspects(), union.attempts(), union.interrupted())
+
+
+def test_few_interrupted_sources_are_told(run: RunDir, ledger: Ledger) -> None:
+    """Of very many only the longest are told, so that a footer stays small."""
+    marks = {1: InFlight(BitMap(range(10_000)), since=1.0), 2: InFlight(BitMap([20_000]), since=90)}
+    ledger.commit(Batch(mark={call: mark.encode() for call, mark in marks.items()}))
+
+    footer = segment_of(run, publish_pending(ledger, run, seq=1, interrupted_at=100.0)).footer
+
+    assert (4096, 10.0) == (len(footer.ran), footer.ran[20_000])
+
+
 # -- files of sources -------------------------------------------------------------------------
 
 

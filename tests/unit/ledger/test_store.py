@@ -103,8 +103,9 @@ def test_pending_stops_at_a_size(ledger: Ledger) -> None:
 
 def test_marks_say_what_is_in_flight(ledger: Ledger) -> None:
     """A chunk is in flight from its mark until it is unmarked, results or not."""
-    ledger.commit(Batch(mark={1: held(1, 2), 2: held(3, alone=True)}))
-    assert [InFlight(BitMap([1, 2])), InFlight(BitMap([3]), alone=True)] == ledger.in_flight()
+    since = InFlight(BitMap([1, 2]), since=12.5)
+    ledger.commit(Batch(mark={1: since.encode(), 2: held(3, alone=True)}))
+    assert [since, InFlight(BitMap([3]), alone=True)] == ledger.in_flight()
     ledger.commit(Batch(frames=[frame([1, 2])], unmark=[1]))
     ledger.commit(Batch(unmark=[99]))
     assert [InFlight(BitMap([3]), alone=True)] == ledger.in_flight()

@@ -382,6 +382,25 @@ def test_the_same_segment_may_hold_both(run: RunDir) -> None:
     assert {} == union_of(run).failures
 
 
+# -- interrupted sources ----------------------------------------------------------------------
+
+
+def test_the_longest_interruption_counts_until_settled(run: RunDir) -> None:
+    """
+    The longest that any attempt ran on a source is kept, in whatever order segments come and
+    from one generation to the next, until the source is completed or quarantined.
+    """
+    publish_segment(run, (0, 0, 1), 1, [], ran={1: 30.0, 2: 5.0, 3: 7.0})
+    publish_segment(run, (0, 0, 2), 1, [], ran={1: 20.0, 2: 50.0})
+    assert {1: 30.0, 2: 50.0, 3: 7.0} == merge(run).interrupted()
+
+    publish_segment(run, (1, 0, 1), 1, [1], failures=[failure(3, retry=False)], ran={2: 40.0})
+    merge(run)
+
+    loaded = load_newest(run)
+    assert ({2: 50.0}, {2: 50.0}) == (loaded.ran, union_of(run).interrupted())
+
+
 # -- suspects ---------------------------------------------------------------------------------
 
 

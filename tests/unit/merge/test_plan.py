@@ -102,13 +102,15 @@ def footer(run: RunDir, tasks: int, round_: int = 0) -> PlanFooter:
 
 
 def test_a_plan_is_read_as_written(run: RunDir) -> None:
-    """Each shard comes back with its sources, tries and suspects, and no other's."""
+    """Each shard comes back with its sources, tries, suspects and times, and no other's."""
     dealt = deal(bitmaps.span(0, 100), 4)
-    shards = make_shards(dealt, {3: 1, 30: 2, 1000: 9}, [BitMap([24, 25, 26, 500]), BitMap([99])])
+    suspected = [BitMap([24, 25, 26, 500]), BitMap([99])]
+    shards = make_shards(dealt, {3: 1, 30: 2, 1000: 9}, suspected, {60: 9.5, 200: 1.0})
     write_plan(run, footer(run, 4), shards)
 
     plan = open_plan(run, 0)
 
+    assert [{}, {}, {60: 9.5}, {}] == [plan.shard(task).ran for task in range(4)]
     assert dealt == [plan.shard(task).bitmap() for task in range(4)]
     assert [{3: 1}, {30: 2}, {}, {}] == [plan.shard(task).attempts for task in range(4)]
     suspects = [[bitmaps.load(g, what="x") for g in plan.shard(t).suspects] for t in range(4)]
