@@ -51,6 +51,7 @@ _NO_SUCH_JOB = "Invalid job id specified"
 _ALREADY_OVER = re.compile(
     rf"{_NO_SUCH_JOB}|already completing or completed|already finished", re.IGNORECASE
 )
+_CHANGED_OR_LATE = re.compile(rf"No error|no longer pending|{_ALREADY_OVER.pattern}", re.IGNORECASE)
 _NOTHING = frozenset({"", "(null)", "None", "N/A", "Unknown", "NONE"})
 
 
@@ -409,6 +410,31 @@ def update(
         SlurmRefusedError: Slurm refused.
     """
     _run(["scontrol", "update", *fields], conf=conf, timeout_s=timeout_s)
+
+
+def exclude_nodes(
+    array: str, nodes: str, *, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> None:
+    """Keep the pending elements of an array away from nodes; running ones stay as they are.
+
+    Args:
+        array: Id of the array.
+        nodes: Every node to keep away from, as ``--exclude`` takes them; replaces what was set.
+        conf: As for :func:`sbatch`.
+        timeout_s: As for :func:`sbatch`.
+
+    Raises:
+        SlurmMissingError: There is no scontrol here.
+        SlurmUnreachableError: No answer came; the change may still take effect.
+        SlurmRefusedError: Slurm refused it for a pending element.
+    """
+    try:
+        update([f"JobId={array}", f"ExcNodeList={nodes}"], conf=conf, timeout_s=timeout_s)
+    except SlurmRefusedError as error:
+        # One line for each group of elements: those that run are refused, the others changed.
+        complaints = [line for line in error.fields["stderr"].splitlines() if line.strip()]
+        if not all(_CHANGED_OR_LATE.search(line) for line in complaints):
+            raise
 
 
 def config(*, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> dict[str, str]:

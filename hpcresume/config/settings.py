@@ -71,6 +71,7 @@ class TaskSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     chunk_target_s: Seconds
     chunk_max_sources: Positive
     start_timeout_s: Seconds
+    backoff_s: WholeSeconds
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -110,6 +110,8 @@ def merge_options(resolved: Resolved) -> dict[str, str | None]:
         "partition": merge.partition or request.partition,
         "qos": merge.qos or request.qos,
         "constraint": merge.constraint or request.constraint,
+        # Also nodes that an earlier round found broken.
+        "exclude": request.exclude,
     }
 
 

@@ -25,12 +25,18 @@ from hpcresume.launch.rounds import (
     settle,
     withhold,
 )
-from hpcresume.launch.slurm_round import active_jobs, cancelled_tasks, submit_round
+from hpcresume.launch.slurm_round import (
+    active_jobs,
+    cancelled_tasks,
+    nodes_without_attempt,
+    submit_round,
+)
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import JobRecord, RunDir, check_owner
 from hpcresume.run.manifest import Manifest
+from hpcresume.task.bad_node import bad_nodes, excluding
 from hpcresume.task.recovery import recover_node
 from hpcresume.task.scratch import choose_local
 
@@ -135,24 +141,15 @@ def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) 
 
 
 def without_bad_nodes(run: RunDir, plan: Plan) -> Settings:
-    """Return a plan's settings, leaving out nodes on which attempts could not start.
-
-    Only where another node did better in the same round: if none did, the fault is not a
-    node's, and leaving all of them out would leave the next round waiting for ever.
-    """
-    settings = plan_settings(plan)
-    bad, good = set[str](), set[str]()
-    for task in run.tasks(plan.footer.round):
-        for ref in run.attempts(plan.footer.round, task):
-            info, outcome = run.attempt_info(ref), run.outcome(ref)
-            if info is None or outcome is None or info.node is None:
-                continue
-            (bad if outcome.kind in {"storage", "ray-start"} else good).add(info.node)
-    bad -= good
-    if not bad or not good:
+    """Return a plan's settings, leaving out nodes on which attempts could not start."""
+    settings, round_ = plan_settings(plan), plan.footer.round
+    on_slurm = plan.footer.launch.cluster == "slurm"
+    suspects = nodes_without_attempt(run, round_) if on_slurm else set[str]()
+    bad = bad_nodes(run, round_, suspects=suspects)
+    if not bad:
         return settings
-    known = set(filter(None, settings.request.exclude.split(",")))
-    request = msgspec.structs.replace(settings.request, exclude=",".join(sorted(known | bad)))
+    exclude = excluding(settings.request, bad)
+    request = msgspec.structs.replace(settings.request, exclude=exclude)
     return msgspec.structs.replace(settings, request=request)
 
 

@@ -110,6 +110,7 @@ def render_array(job: ArrayJob, resolved: Resolved) -> str:
         directives=directives,
         environment=job.environment,
         run_dir_is_private=private,
+        backoff_s=resolved.settings.task.backoff_s,
         pickle_name=PICKLE_NAME,
     )
 

@@ -146,6 +146,22 @@ def cancelled_tasks(run: RunDir, round_: int) -> list[int]:
     )
 
 
+def nodes_without_attempt(run: RunDir, round_: int) -> set[str]:
+    """Return the nodes on which an element of a round failed before it had made an attempt.
+
+    The run directory may not be mounted there, or Python not start.
+    """
+    begun = set(run.tasks(round_))
+    return {
+        entry.node
+        for entry in slurm.queue(name=job_name(run, round_))
+        if entry.state == "FAILED"
+        and entry.node is not None
+        and entry.array_task is not None
+        and entry.array_task not in begun
+    }
+
+
 def _follow(
     run: RunDir, plan: Plan, resolved: Resolved, dependency: str, *, twin: bool = False
 ) -> str:

@@ -28,6 +28,7 @@ class Allocation:
         element: How Slurm names it, ``<array>_<index>`` or ``<job>``; None off Slurm.
         claim: In whose name it claims its round: the array's id, or the submission's
             where the site has no arrays; None off Slurm.
+        array: Id of its job array; None off Slurm and where the site has no arrays.
         node: Slurm's name of the node; None off Slurm.
         restart_count: How often Slurm restarted it.
     """
@@ -37,6 +38,7 @@ class Allocation:
     memory_bytes: int
     element: str | None = None
     claim: str | None = None
+    array: str | None = None
     node: str | None = None
     restart_count: int = 0
 
@@ -58,6 +60,7 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         memory_bytes=_memory_bytes(environ, cpus),
         element=f"{array}_{index}" if array and index else job,
         claim=environ.get(CLAIM_VARIABLE) or array or job,
+        array=array,
         node=environ.get("SLURMD_NODENAME"),
         restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
     )

@@ -32,6 +32,7 @@ from hpcresume import slurm
 from hpcresume.config.env_file import read_env_file
 from hpcresume.config.settings import Settings
 from hpcresume.deadline import write_deadline
+from hpcresume.engine.ray_places import check_ray_places
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
 from hpcresume.merge.generation import read_task_union
@@ -44,6 +45,7 @@ from hpcresume.task.allocation import (
     read_allocation,
     read_end_time,
 )
+from hpcresume.task.bad_node import hold, is_nodes_fault, keep_away
 from hpcresume.task.messages import (
     DRIVER_REPORTS,
     PUBLISHER_REPORTS,
@@ -260,6 +262,12 @@ class Supervisor:
         name = f"{ref.round}-{ref.task}-{ref.epoch}"
         attempt = f"{self._run.run_id}-{name}"
         scratch = make_scratch(self._local, run_id=self._run.run_id, name=name, attempt=attempt)
+        try:
+            if task.engine == "ray":
+                check_ray_places(scratch.ray_temp)
+        except HpcResumeError:
+            scratch.remove()
+            raise
         os.environ[ATTEMPT_VARIABLE] = attempt
         self._spec_path = os.path.join(scratch.path, "spec.json")
         _write_private(self._spec_path, msgspec.json.encode(self._make_spec(ref, scratch)))
@@ -291,7 +299,24 @@ class Supervisor:
         outcome = Outcome("broken", str(error), "storage", elapsed_s=self._elapsed())
         path = self._run.attempt_path(ref, "outcome.json")
         self._run.write_record(path, outcome, label="outcome")
-        return error.exit_code
+        self._leave_bad_node()
+        return EXIT_BROKEN
+
+    def _leave_bad_node(self) -> None:
+        """See to it that this node does not take one element after the other."""
+        exclude = self._keep_away()
+        left = self._settings.task.backoff_s - self._elapsed()
+        if not exclude and self._allocation.element is not None and left > 0:
+            say(f"this node is held for {left:.0f} s, so that it does not take the next task")
+            signals = self._signals
+            hold(left, wake_fd=signals.wake_read, until=lambda: signals.terminate)
+            # By now others may have started elsewhere, which shows that it is this node's fault.
+            exclude = self._keep_away()
+        if exclude:
+            say(f"pending elements of this array keep away from {exclude}")
+
+    def _keep_away(self) -> str:
+        return keep_away(self._run, self._round, self._allocation, self._settings.request)
 
     def _elapsed(self) -> float:
         return round(time.monotonic() - self._start, 3)
@@ -642,6 +667,8 @@ class Supervisor:
         if outcome.state in {"done", "superseded"}:
             return 0
         if outcome.state == "broken":
+            if is_nodes_fault(outcome):
+                self._leave_bad_node()
             return EXIT_BROKEN
         self._requeue_if_ours(outcome)
         return EXIT_SAVED
