@@ -42,11 +42,15 @@ def _command(path: Path, line: str) -> None:
 
 
 def _element(job, tmp_path, *, index: int = 1, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a submitted script as Slurm would run one element, with an srun that only execs."""
+    """Run a submitted script as Slurm would run one element, with an srun that only execs.
+
+    What the script would sleep is noted in ``slept``, not slept.
+    """
     _command(
         tmp_path / "bin" / "srun",
         'while case "$1" in --*) true;; *) false;; esac; do shift; done; exec "$@"',
     )
+    _command(tmp_path / "bin" / "sleep", f'echo "$1" >> {tmp_path / "slept"}')
     root = Path(__file__).parents[3]
     return subprocess.run(
         ["bash", str(job.folder / "job.sh")],
@@ -167,6 +171,20 @@ def test_a_pickle_that_others_could_write_is_not_loaded(sbatch, job, tmp_path, w
     done = _element(job, tmp_path)
     assert (16, False) == (done.returncode, out.exists())
     assert f"{path} can be written by other users" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "held"), [(0, 0), (85, 0), (76, 0), (1, 1), (143, 1)])
+def test_what_cannot_start_holds_its_node(sbatch, job, tmp_path, status, held):
+    """
+    A task that has said how it ended leaves at once; one that never got so far holds its node
+    for the back-off, or the node would be given the next element.
+    """
+    submit_round(job, _resolved(), function=record, argument=f"exit {status}")
+    assert status == _element(job, tmp_path).returncode
+    slept = tmp_path / "slept"
+    seconds = [int(line) for line in slept.read_text().split()] if slept.exists() else []
+    assert held == len(seconds)
+    assert all(0 < second <= 30 for second in seconds)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

@@ -26,9 +26,14 @@ pickle="$folder"/round.pkl
 element="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 mine="$folder/${element}_submitted.pkl"
 
+# A node on which nothing starts would be given one task after the other.
+leave() {
+    [ "$SECONDS" -ge 30 ] || sleep "$((30 - SECONDS))"
+    exit "$1"
+}
 refuse() {
     printf 'hpcresume: %s\n' "$1" >&2
-    exit 16
+    leave 16
 }
 
 # Loading a pickle runs what it says, so nobody else may have written it.  Root squash and
@@ -61,4 +66,7 @@ srun --nodes=1 --ntasks=1 --cpus-per-task=1 --unbuffered --kill-on-bad-exit=1 \
     /bin/sh -c 'trap "" USR2; exec "$@"' sh /opt/venv/bin/python -u -P -m submitit.core._submit "$folder"
 status=$?
 
-exit "$status"
+case "$status" in
+    0 | 76 | 85) exit "$status" ;;  # the task has said how it ended
+    *) leave "$status" ;;
+esac
