@@ -47,6 +47,12 @@ _NO_ACCOUNTING = re.compile(
     r"accounting storage is disabled|problem talking to the database|slurmdbd",
     re.IGNORECASE,
 )
+_ENDED = frozenset(
+    {
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
+        "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
+    }
+)  # fmt: skip
 _NO_SUCH_JOB = "Invalid job id specified"
 _ALREADY_OVER = re.compile(
     rf"{_NO_SUCH_JOB}|already completing or completed|already finished", re.IGNORECASE
@@ -72,6 +78,11 @@ class QueueEntry:
     """``PENDING``, ``RUNNING``, ``COMPLETING``, ``COMPLETED``, ..."""
     reason: str | None
     node: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has left the queue; one that Slurm is still cleaning up after has not."""
+        return self.state.split(" ")[0] in _ENDED
 
 
 @dataclass(frozen=True, slots=True)

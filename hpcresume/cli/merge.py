@@ -36,6 +36,8 @@ def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
     say(line, err=as_json)
     for text in union.bad.values():
         say(f"set aside: {text}", err=True)
+    for note in step.notes:
+        say(f"packed: {note}", err=True)
     if step.job is not None:
         say(f"round {step.round}: array {step.job.array}, merge {step.job.merge}", err=as_json)
     if union.stopped:

@@ -101,7 +101,8 @@ def check(name: str | None, as_json: bool) -> None:
       hpcresume site check perlmutter --json
     """
     from hpcresume.config import load_settings
-    from hpcresume.launch.site_check import ask, check_site
+    from hpcresume.launch.live import ask
+    from hpcresume.launch.site_check import check_site
 
     live = ask()
     resolved = load_settings(
@@ -142,7 +143,8 @@ def new(name: str, directory: Path | None) -> None:
       export HPCRESUME_SITE_PATH=~/sites
       hpcresume site check mycluster
     """
-    from hpcresume.launch.site_check import ask, new_site
+    from hpcresume.launch.live import ask
+    from hpcresume.launch.site_new import new_site
 
     paths = [entry for entry in os.environ.get("HPCRESUME_SITE_PATH", "").split(":") if entry]
     if directory is None and not paths:

@@ -324,6 +324,8 @@ def _submit(ready: Ready) -> Step:
     from hpcresume.launch.submit import submit_to_slurm
 
     step = submit_to_slurm(ready)
+    for note in step.notes:
+        say(f"packed         {note}", err=True)
     if step.job is not None:
         request = ready.resolved.settings.request
         asks = [f"{request.cpus_per_task or 1} cores"]
@@ -334,7 +336,8 @@ def _submit(ready: Ready) -> Step:
         tasks = human_count(step.job.tasks, "task")
         say(f"array          {step.job.array} {verb}: {tasks} of {', '.join(asks)}", err=True)
         if step.job.merge:
-            say(f"merge          {step.job.merge}, and {step.job.twin} if that one dies", err=True)
+            twin = f", and {step.job.twin} if that one dies" if step.job.twin else ""
+            say(f"merge          {step.job.merge}{twin}", err=True)
         else:
             path = _shown(ready.prepared.run.path)
             say(

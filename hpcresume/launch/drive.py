@@ -12,9 +12,11 @@ from pathlib import Path
 
 import msgspec
 
+from hpcresume import slurm
 from hpcresume.config import Resolved, Settings, load_settings
-from hpcresume.errors import LocalStorageError, RunDirError
+from hpcresume.errors import LocalStorageError, RunDirError, SlurmRefusedError
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
+from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
     Standing,
     mark_finished,
@@ -53,12 +55,14 @@ class Step:
         standing: How the run stands.
         round: Number of the round that was submitted, or that is running.
         job: What was submitted.
+        notes: Limits that Slurm's refusals have taught, and what to write into the site file.
     """
 
     state: str
     standing: Standing
     round: int | None = None
     job: JobRecord | None = None
+    notes: tuple[str, ...] = ()
 
 
 def reload_settings(plan: Plan) -> Resolved:
@@ -119,7 +123,45 @@ def merge_step(run: RunDir) -> Step:
         round_ = next_round(run, manifest, standing, plan)
     # Otherwise this round was planned by a merge that died before it was submitted.
     plan = open_plan(run, round_)
-    return Step("submitted", standing, round_, submit_round(run, plan, reload_settings(plan)))
+    return submit_planned(run, manifest, standing, plan, reload_settings(plan))
+
+
+def submit_planned(
+    run: RunDir, manifest: Manifest, standing: Standing, plan: Plan, resolved: Resolved
+) -> Step:
+    """Submit a planned round; where Slurm takes fewer tasks at once, deal it anew first.
+
+    Raises:
+        SlurmUnreachableError: The controller does not answer.  Submitting again is safe.
+        SlurmRefusedError: Slurm refuses whatever the size of the array.
+    """
+    notes: list[str] = []
+    while True:
+        footer = plan.footer
+        learned = foresee(resolved, tasks=footer.tasks)
+        if learned is None:
+            try:
+                job = submit_round(run, plan, resolved)
+            except SlurmRefusedError as refusal:
+                # Slurm may have taken the array, but not the merge job.
+                known = {entry.array_job_id for entry in active_jobs(run, footer.round)}
+                slurm.cancel(sorted(known))
+                learned = learn(refusal, resolved, tasks=footer.tasks)
+            else:
+                return Step("submitted", standing, footer.round, job, tuple(notes))
+        resolved, notes = learned.resolved, [*notes, learned.note]
+        # Another merge may have planned it first.
+        with contextlib.suppress(FileExistsError):
+            plan_round(
+                run,
+                manifest,
+                standing,
+                settings=resolved.settings,
+                code=footer.code,
+                launch=footer.launch,
+                at_most=learned.most,
+            )
+        plan = open_plan(run, run.rounds()[-1])
 
 
 def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) -> int:

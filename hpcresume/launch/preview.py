@@ -9,9 +9,10 @@ from pathlib import Path
 from hpcresume.config import Resolved, Settings
 from hpcresume.errors import RunDirError, UsageError
 from hpcresume.fs import POSIX
+from hpcresume.launch.packing import capacity
 from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
-from hpcresume.launch.rounds import capacity, newest_plan, stand
+from hpcresume.launch.rounds import newest_plan, stand
 from hpcresume.launch.slurm_round import make_array_job, make_merge_job
 from hpcresume.launch.submit import Submission, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME

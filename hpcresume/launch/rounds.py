@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 from pyroaring import BitMap
 
-from hpcresume.config.settings import Settings, SiteSettings
+from hpcresume.config.settings import Settings
 from hpcresume.errors import InternalError
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
+from hpcresume.launch.packing import capacity
 from hpcresume.merge.generation import Union, load_newest, read_union, write_generation
 from hpcresume.merge.plan import (
     Launch,
@@ -155,7 +156,8 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     if not standing.remainder:
         count = len(standing.union.withheld)
         return f"{count} sources belong to array tasks that were cancelled" if count else ""
-    rounds = run.rounds()
+    # A round that Slurm refused was dealt anew as the next one.
+    rounds = [number for number in run.rounds() if run.job_records(number) or run.tasks(number)]
     if not rounds:
         return ""
     if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:
@@ -243,8 +245,18 @@ def plan_round(
     settings: Settings,
     code: int,
     launch: Launch,
+    at_most: int = sys.maxsize,
 ) -> RoundIndex:
     """Deal the remainder over a new round's array tasks and publish its plan.
+
+    Args:
+        run: The run.
+        manifest: Its sources.
+        standing: How it stands.
+        settings: Settings of the round.
+        code: Number of the code snapshot to run.
+        launch: How the user asked for it to be launched.
+        at_most: Array tasks that Slurm takes now.
 
     Raises:
         FileExistsError: Another process planned this round.
@@ -252,7 +264,7 @@ def plan_round(
     rounds = run.rounds()
     number = RoundIndex(rounds[-1] + 1 if rounds else 0)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
-    most = launch.array
+    most = min(launch.array, at_most)
     if launch.cluster == "slurm":
         most = min(most, capacity(settings.site))
     dealt = deal(standing.remainder, most, weight_of)
@@ -270,16 +282,6 @@ def plan_round(
     )
     write_plan(run, footer, shards)
     return number
-
-
-def capacity(site: SiteSettings) -> int:
-    """Return how many array tasks a site takes at once; shards are packed into these.
-
-    The merge job and its twin are submitted beside the array and count too.
-    """
-    limits = [site.max_array_size] if site.arrays else []
-    limits += [max(1, site.max_submit - 2)] if site.max_submit else []
-    return min(limits, default=sys.maxsize)
 
 
 def newest_plan(run: RunDir) -> Plan | None:

@@ -1,4 +1,4 @@
-"""Compare a site's settings with what the live Slurm answers, and write a first site file.
+"""Compare a site's settings with what the live Slurm answers.
 
 Slurm is asked for its configuration, its partitions, the user's limits where there is
 accounting, and by ``sbatch --test-only`` whether it would take the jobs that hpcresume
@@ -8,7 +8,6 @@ reason, never as right.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -16,8 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +24,11 @@ from hpcresume import slurm
 from hpcresume.config import Resolved, identify_site
 from hpcresume.config.sites import GENERIC
 from hpcresume.errors import ConfigError, SlurmRefusedError
+from hpcresume.launch.live import Live
 from hpcresume.launch.rendering import ArrayJob, MergeJob, render_array, render_merge
 
 State = Literal["ok", "wrong", "unknown"]
-FILE_NAME = "site.toml"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NUMBER = re.compile(r"\d+")
-_TASK_LIMIT = re.compile(r"\bmax_array_tasks=(\d+)")
 _PROBES = {
     "mem": "--mem=1M",
     "mem-per-cpu": "--mem-per-cpu=1M",
@@ -65,88 +60,6 @@ class Finding:
     origin: str
     reason: str
     write: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """What Slurm answered.
-
-    Attributes:
-        config: Its settings, as ``scontrol show config`` names them.
-        partitions: The partitions that this user can see.
-        qualities: The qualities of service; empty without accounting.
-        associations: What this user may submit under; empty without accounting.
-        no_accounting: Why the two are empty, or the empty string.
-    """
-
-    config: Mapping[str, str]
-    partitions: tuple[slurm.Partition, ...]
-    qualities: tuple[slurm.Qos, ...]
-    associations: tuple[slurm.Association, ...]
-    no_accounting: str
-
-    @property
-    def cluster_name(self) -> str:
-        """Slurm's ClusterName."""
-        return self.config.get("ClusterName", "")
-
-    @property
-    def max_array_size(self) -> int:
-        """The largest index of an array plus one, or the largest count if that is less."""
-        tasks = _TASK_LIMIT.search(self.config.get("SchedulerParameters", ""))
-        size = _number(self.config.get("MaxArraySize"), default=1001)
-        return min(size, int(tasks[1])) if tasks else size
-
-    @property
-    def kill_wait_s(self) -> int:
-        """Seconds from SIGTERM to SIGKILL; Slurm waits five at least."""
-        return max(5, _number(self.config.get("KillWait"), default=30))
-
-    @property
-    def default_partition(self) -> slurm.Partition | None:
-        """The partition of jobs that name none."""
-        return next((partition for partition in self.partitions if partition.default), None)
-
-    @property
-    def enforced(self) -> frozenset[str]:
-        """What of the accounting holds for jobs: ``associations``, ``limits``, ``qos``, ..."""
-        return frozenset(self.config.get("AccountingStorageEnforce", "").split(","))
-
-    def submit_limit(self, *, account: str, partition: str, qos: str) -> tuple[int, str] | None:
-        """Return how many jobs this user may have in the queue and what says so, or None."""
-        mine = [
-            one
-            for one in self.associations
-            if account in {"", one.account} and one.partition in {None, partition}
-        ]
-        chosen = next((one for one in self.partitions if one.name == partition), None)
-        names = {qos} if qos else {one.default_qos for one in mine}
-        names |= {chosen.qos} if chosen else set()
-        found = [
-            *((one.max_submit, f"QOS {one.name}") for one in self.qualities if one.name in names),
-            *((one.max_submit, f"account {one.account}") for one in mine),
-        ]
-        limits = [(limit, where) for limit, where in found if limit is not None]
-        return min(limits) if limits and "limits" in self.enforced else None
-
-
-def ask(*, conf: Path | None = None) -> Live:
-    """Ask the live Slurm everything that the settings are compared with.
-
-    Raises:
-        SlurmMissingError: There is no Slurm here.
-        SlurmUnreachableError: The controller does not answer.
-        SlurmRefusedError: It refuses to show its configuration.
-    """
-    config = slurm.config(conf=conf)
-    partitions = tuple(slurm.partitions(conf=conf))
-    try:
-        qualities = tuple(slurm.qualities(conf=conf))
-        cluster = config.get("ClusterName", "")
-        mine = tuple(slurm.associations(getpass.getuser(), cluster=cluster, conf=conf))
-    except (slurm.AccountingUnavailableError, SlurmRefusedError) as error:
-        return Live(config, partitions, (), (), no_accounting=str(error))
-    return Live(config, partitions, qualities, mine, no_accounting="")
 
 
 def check_site(resolved: Resolved, live: Live, *, conf: Path | None = None) -> list[Finding]:
@@ -235,7 +148,7 @@ class _Check:
             drain,
             right=drain < wait,
             said=f"{wait} s pass from SIGTERM to SIGKILL",
-            value=_drain_s(live),
+            value=live.drain_s,
         )
         default = "" if live.config.get("JobRequeue") == "1" else ", where a job asks for it"
         said = f"Slurm may restart jobs{default}" if site.requeue else "never asked for"
@@ -456,92 +369,6 @@ class _Check:
         return Finding(key, "wrong", said_value, origin, said, f"{key} = {json.dumps(value)}")
 
 
-def new_site(
-    name: str, directory: Path, live: Live, *, environ: Mapping[str, str] = os.environ
-) -> Path:
-    """Write a first ``site.toml`` from what Slurm answers and return its path.
-
-    Args:
-        name: Name of the site, which is that of its folder.
-        directory: Folder of sites, one that ``HPCRESUME_SITE_PATH`` names.
-        live: What Slurm answered.
-        environ: Where it is seen whether a site of this cluster exists; the new one extends it.
-
-    Raises:
-        ConfigError: The name cannot be a folder's, the file exists, or cannot be written.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} cannot be the name of a site: it is a folder's. Use letters, digits, "
-            "dots, dashes and underscores",
-            site=name,
-        )
-    existing, _ = identify_site(environ, cluster_name=live.cluster_name)
-    text = site_text(live, extends="" if existing in {GENERIC, name} else existing)
-    path = directory.expanduser().absolute() / name / FILE_NAME
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with _new_file(path) as file:
-            os.write(file, text.encode())
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists. It may hold what somebody found out by hand, so it is kept. "
-            f"Compare it with Slurm: hpcresume site check {name}",
-            path=str(path),
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror}). Give another --dir", path=str(path)
-        ) from error
-    return path
-
-
-def site_text(live: Live, *, extends: str = "") -> str:
-    """Return the content of a site file as Slurm's answers give it."""
-    cluster, version = live.cluster_name, live.config.get("SLURM_VERSION", "?")
-    default = live.default_partition
-    limit = live.submit_limit(account="", partition=default.name if default else "", qos="")
-    lines = [
-        f"description = {json.dumps(f'{cluster}, as its Slurm {version} answered')}",
-        *([f"extends = {json.dumps(extends)}"] if extends else []),
-        "",
-        "# What Slurm cannot tell is left at its default: memory_style, gpu_style, node_local,",
-        "# required, forbidden, submit_from_compute.  See: hpcresume site show generic",
-        "# Partitions, the default one with a star:",
-        *(f"#   {_describe(partition)}" for partition in live.partitions),
-        "",
-        "[site]",
-        f"max_array_size = {max(1, live.max_array_size)}",
-        *(["arrays = false"] if live.max_array_size < 2 else []),
-        *([f"max_submit = {limit[0]}  # {limit[1]}"] if limit else []),
-        f"kill_wait_s = {live.kill_wait_s}",
-        # What JobRequeue says holds for jobs that do not ask; ours ask.
-        f"requeue = true  # JobRequeue = {live.config.get('JobRequeue', '?')}",
-        "",
-        "[site.identify]",
-        f"cluster_name = {json.dumps(cluster)}",
-        "",
-        *(["[task]", f"drain_s = {_drain_s(live)}", ""] if live.kill_wait_s <= 20 else []),
-        "[request]",
-        f"partition = {json.dumps(default.name if default else '')}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _drain_s(live: Live) -> float:
-    """Return what can be spent on draining, so that publishing and requeuing still fit."""
-    return round(live.kill_wait_s * 0.6, 1)
-
-
-def _describe(partition: slurm.Partition) -> str:
-    words = [f"{partition.name}{'*' if partition.default else ''}", f"limit {partition.max_time}"]
-    if partition.preempt_mode not in {None, "OFF"}:
-        words.append(f"preemption {partition.preempt_mode}, grace {partition.grace_s or 0} s")
-    words += ["whole nodes"] if partition.exclusive else []
-    words += [f"state {partition.state}"] if partition.state != "UP" else []
-    return re.sub(r"[^\x20-\x7e]", "?", ", ".join(words))
-
-
 def _job(key: str, refusal: str) -> Finding:
     state: State = "wrong" if refusal else "ok"
     return Finding(key, state, None, "", refusal or "Slurm would take it")
@@ -556,18 +383,3 @@ def _without(script: str, option: str) -> str:
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return re.sub(r"^sbatch: (error: )?", "", lines[-1]) if lines else "no reason given"
-
-
-def _number(text: str | None, *, default: int) -> int:
-    match = _NUMBER.match(text or "")
-    return int(match[0]) if match else default
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    # Mode and not umask: a site file that a group can write is refused when it is read.
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        yield file
-    finally:
-        os.close(file)

@@ -15,18 +15,12 @@ from pathlib import Path
 from hpcresume import slurm
 from hpcresume.config import Resolved
 from hpcresume.errors import SlurmUnreachableError
+from hpcresume.launch.packing import has_twin
 from hpcresume.launch.rendering import ArrayJob, MergeJob
 from hpcresume.merge.plan import Plan
 from hpcresume.run.directory import JobRecord, RunDir
 from hpcresume.task.allocation import CLAIM_VARIABLE
 from hpcresume.task.supervisor import run_element
-
-_ENDED = frozenset(
-    {
-        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
-        "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
-    }
-)  # fmt: skip
 
 
 def job_name(run: RunDir, round_: int) -> str:
@@ -69,7 +63,7 @@ def active_jobs(run: RunDir, round_: int) -> list[slurm.QueueEntry]:
         SlurmUnreachableError: The controller does not answer, so nobody knows.
     """
     name = job_name(run, round_)
-    return [entry for entry in slurm.queue(name=name) if entry.state.split(" ")[0] not in _ENDED]
+    return [entry for entry in slurm.queue(name=name) if not entry.ended]
 
 
 def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
@@ -97,7 +91,8 @@ def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
     merge = twin = ""
     if resolved.settings.site.submit_from_compute:
         merge = _follow(run, plan, resolved, "afterany:" + ":".join(jobs))
-        twin = _follow(run, plan, resolved, f"afternotok:{merge}", twin=True)
+        if has_twin(resolved.settings.site):
+            twin = _follow(run, plan, resolved, f"afternotok:{merge}", twin=True)
     record = JobRecord(
         cluster="slurm",
         array=",".join(jobs),
@@ -168,9 +163,7 @@ def _follow(
     from hpcresume.launch import submitit_executor
 
     job = make_merge_job(run, plan, dependency, twin=twin)
-    known = [
-        entry for entry in slurm.queue(name=job.name) if entry.state.split(" ")[0] not in _ENDED
-    ]
+    known = [entry for entry in slurm.queue(name=job.name) if not entry.ended]
     if known:
         return known[0].job_id
     folder = Path(run.round_path(plan.footer.round, "submit"))

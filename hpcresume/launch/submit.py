@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ from hpcresume.config import Resolved, load_settings
 from hpcresume.config.env_file import read_env_file
 from hpcresume.engine.groups import make_groups
 from hpcresume.errors import HpcResumeError, SlurmMissingError, UsageError
-from hpcresume.launch.drive import LocalRun, Step, finish_run
+from hpcresume.launch.drive import LocalRun, Step, finish_run, submit_planned
 from hpcresume.launch.local import TaskProgress
+from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, submit_round
@@ -130,19 +132,18 @@ def resolve(submission: Submission, cluster: str) -> Resolved:
     """Return the settings for a submission."""
     start = Path(submission.target.rpartition(":")[0] or submission.target)
     start = (submission.cwd / start).parent if start.suffix == ".py" else submission.cwd
-    name = ""
-    if cluster == "slurm" and submission.site is None:
-        try:
-            name = slurm.config().get("ClusterName", "")
-        except HpcResumeError:
-            name = ""
-    return load_settings(
+    config: dict[str, str] = {}
+    if cluster == "slurm":
+        with contextlib.suppress(HpcResumeError):
+            config = slurm.config()
+    resolved = load_settings(
         site=submission.site,
         start_dir=start,
         environ=os.environ,
         flags=submission.flags,
-        cluster_name=name,
+        cluster_name=config.get("ClusterName", ""),
     )
+    return with_live_limits(resolved, config)
 
 
 def with_stage_needs(resolved: Resolved, pipeline: Pipeline, cluster: str) -> Resolved:
@@ -219,8 +220,7 @@ def submit_to_slurm(ready: Ready) -> Step:
         code=ready.prepared.code,
         launch=ready.launch,
     )
-    job = submit_round(run, open_plan(run, round_), ready.resolved)
-    return Step("submitted", standing, round_, job)
+    return submit_planned(run, manifest, standing, open_plan(run, round_), ready.resolved)
 
 
 def parse_array(text: str) -> tuple[int, int]:
