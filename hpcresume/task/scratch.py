@@ -23,6 +23,7 @@ from hpcresume.task.process import processes_of
 
 # <temp>/session_<26 characters>_<pid>/sockets/plasma_store must fit a socket's 107 bytes.
 MAX_RAY_TEMP_BYTES = 43
+_PUT_TRIES = 100
 _LOCK, _RAY_TEMP, _NAME = "lock", "ray-temp", "attempt"
 
 
@@ -102,29 +103,53 @@ def make_scratch(local: str, *, run_id: str, name: str, attempt: str) -> Scratch
         LocalStorageError: The disk refused, or another user holds the name.
     """
     base = os.path.join(local, f"hpcresume-{os.geteuid()}")
-    parent = os.path.join(base, run_id)
-    path = os.path.join(parent, name)
-    try:
-        os.makedirs(base, mode=0o700, exist_ok=True)
-        _check_private(base)
-        os.makedirs(parent, mode=0o700, exist_ok=True)
-        # A directory of this name is garbage: epochs are never given out twice.
-        shutil.rmtree(path, ignore_errors=True)
-        for inner in ("", "marks", "scratch", "outputs"):
-            os.mkdir(os.path.join(path, inner), 0o700)
-        lock_fd = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ray_temp = make_ray_temp(local)
-        _write(path, _RAY_TEMP, ray_temp)
-        _write(path, _NAME, attempt)
-    except OSError as error:
-        raise LocalStorageError(
-            f"cannot create {path}: {error.strerror or error}. "
-            "The attempt keeps its ledger there. Free space on the node's disk, or give "
-            "another directory with --local-dir.",
-            path=path,
-        ) from error
+    path = os.path.join(base, run_id, name)
+    with contextlib.ExitStack() as undo:
+        try:
+            os.makedirs(base, mode=0o700, exist_ok=True)
+            _check_private(base)
+            # Others that start on this node sweep what they find there unlocked.
+            new = tempfile.mkdtemp(prefix=".new-", dir=base)
+            undo.callback(shutil.rmtree, new, ignore_errors=True)
+            ray_temp = make_ray_temp(local)
+            undo.callback(shutil.rmtree, ray_temp, ignore_errors=True)
+            lock_fd = _fill(new, attempt, ray_temp)
+            _put(new, path)
+        except OSError as error:
+            raise LocalStorageError(
+                f"cannot create {path}: {error.strerror or error}. "
+                "The attempt keeps its ledger there. Free space on the node's disk, or give "
+                "another directory with --local-dir.",
+                path=path,
+            ) from error
+        undo.pop_all()
     return Scratch(path, ray_temp, lock_fd)
+
+
+def _put(new: str, path: str) -> None:
+    """Give a directory its name; the one above it goes when the last attempt in it ends."""
+    # A directory of this name is garbage: epochs are never given out twice.
+    shutil.rmtree(path, ignore_errors=True)
+    for left in reversed(range(_PUT_TRIES)):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        try:
+            os.rename(new, path)
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            return
+
+
+def _fill(path: str, attempt: str, ray_temp: str) -> int:
+    """Make what an attempt's directory holds, and return its locked file."""
+    for inner in ("marks", "scratch", "outputs"):
+        os.mkdir(os.path.join(path, inner), 0o700)
+    lock_fd = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _write(path, _RAY_TEMP, ray_temp)
+    _write(path, _NAME, attempt)
+    return lock_fd
 
 
 def _check_private(path: str) -> None:
