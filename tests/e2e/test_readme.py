@@ -23,6 +23,18 @@ def blocks(language: str, *, section: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def write_site_files(home: Path) -> None:
+    """Write every file that the section on sites shows, below a home directory."""
+    section = README.partition("\n## Settings and sites\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^`~/(\S+)`:\n\n```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert ["sites/ours/site.toml", "sites/ours/job.sh.j2"] == [name for name, _ in found]
+    for name, text in found:
+        path = home / name
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o644)
+
+
 def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run a script as a user would type it, with ``hpcresume`` as it is installed here."""
     command = f'hpcresume() {{ "{sys.executable}" -m hpcresume "$@"; }}\n{script}'
@@ -100,24 +112,26 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_the_site_of_the_readme_renders(tmp_path: Path) -> None:
-    """The site's settings and its template are taken, and end in the batch script."""
-    site = tmp_path / "sites" / "ours"
-    site.mkdir(parents=True)
-    (toml,) = blocks("toml")
-    (template,) = blocks("jinja")
-    (site / "site.toml").write_text(toml)
-    (site / "job.sh.j2").write_text(template)
-    (tmp_path / "p.py").write_text(blocks("python", section="A first pipeline")[0])
+    """The site's files are taken as they stand, and end in the batch script."""
+    write_site_files(tmp_path)
+    (tmp_path / "sentences.py").write_text(blocks("python", section="A first pipeline")[0])
     (tmp_path / "texts").mkdir()
-    script = "export HPCRESUME_SITE_PATH=sites\nhpcresume render p.py --site ours -A physics"
+    (commands,) = blocks("bash", section="Settings and sites")
 
-    ended = shell(script, tmp_path)
+    ended = shell(
+        f"set -e\nHOME={tmp_path}\n{commands}\nhpcresume render sentences.py --site ours", tmp_path
+    )
 
     assert 0 == ended.returncode, ended.stderr
-    assert "source /opt/site/profile.sh" in ended.stdout.splitlines()
-    assert "module load python/3.12" in ended.stdout.splitlines()
-    assert "#SBATCH --partition=batch" in ended.stdout.splitlines()
-    assert "#SBATCH --account=physics" in ended.stdout.splitlines()
+    lines = ended.stdout.splitlines()
+    assert {
+        "module load StdEnv/2023 python/3.12",
+        "module load arrow/21",
+        "#SBATCH --account=def-physics",
+        "#SBATCH --time=02:00:00",
+    } <= set(lines)
+    explained = next(line for line in lines if line.startswith("request.account"))
+    assert f"{tmp_path}/sites/ours/site.toml" in explained
 
 
 def test_files_that_are_named_exist() -> None:
