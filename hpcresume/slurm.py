@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NewType
+from typing import IO, NewType
 
 from hpcresume.errors import SlurmMissingError, SlurmRefusedError, SlurmUnreachableError
 
@@ -235,6 +235,41 @@ def would_accept(
         SlurmRefusedError: It would be refused; ``stderr`` says why.
     """
     _run(["sbatch", "--test-only", *argv, str(script)], conf=conf, timeout_s=timeout_s)
+
+
+def srun(
+    options: Sequence[str],
+    command: Sequence[str],
+    *,
+    errors: IO[bytes],
+    conf: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a job of its own that runs a command, and return its srun.
+
+    Its standard input reaches every task, its standard output is theirs.
+
+    Args:
+        options: Options for srun.
+        command: What each task runs.
+        errors: Where srun's messages and the tasks' standard error go.
+        conf: As for :func:`sbatch`.
+
+    Raises:
+        SlurmMissingError: There is no srun here.
+    """
+    environment = command_environment()
+    if conf is not None:
+        environment["SLURM_CONF"] = str(conf)
+    try:
+        return subprocess.Popen(
+            ["srun", "--input=all", "--kill-on-bad-exit=1", *options, *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    except FileNotFoundError as error:
+        raise _missing("srun") from error
 
 
 def parse_sbatch(stdout: str) -> JobId:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,21 @@ from hpcresume.cli.common import emit_json, finish, json_option, say
 from hpcresume.errors import EXIT_INCOMPLETE
 
 if TYPE_CHECKING:
+    from hpcresume.config import Request
     from hpcresume.doctor import Check
 
 
 @click.command()
 @click.argument("path", type=click.Path(file_okay=False), default=".")
 @click.option("--ray", "with_ray", is_flag=True, help="Start a Ray head too; takes seconds.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1, max=2),
+    default=1,
+    help="2: also what two nodes see of each other's files below PATH, with srun.",
+)
 @json_option
-def doctor(path: str, with_ray: bool, as_json: bool) -> None:
+def doctor(path: str, with_ray: bool, nodes: int, as_json: bool) -> None:
     """Probe this node, the file system of the run directory PATH, Slurm and Ray.
 
     PATH need not exist; without it the current directory is probed.  Each line is ok,
@@ -33,9 +41,10 @@ def doctor(path: str, with_ray: bool, as_json: bool) -> None:
     Example:
       hpcresume doctor $SCRATCH/runs
       srun hpcresume doctor $SCRATCH/runs --ray --json
+      hpcresume doctor --nodes 2 $SCRATCH/runs
     """
     checks = []
-    for check in _checks(path, with_ray=with_ray):
+    for check in _checks(path, with_ray=with_ray, nodes=nodes):
         checks.append(check)
         if not as_json:
             _show(check)
@@ -50,7 +59,7 @@ def doctor(path: str, with_ray: bool, as_json: bool) -> None:
         finish(EXIT_INCOMPLETE)
 
 
-def _checks(path: str, *, with_ray: bool) -> Iterator[Check]:
+def _checks(path: str, *, with_ray: bool, nodes: int) -> Iterator[Check]:
     from hpcresume import doctor as probes
     from hpcresume.config import load_settings
     from hpcresume.ledger.local_disk import check_local
@@ -67,6 +76,20 @@ def _checks(path: str, *, with_ray: bool) -> Iterator[Check]:
     yield from probes.check_slurm()
     if with_ray:
         yield from probes.check_ray(make_ray_temp)
+    if nodes > 1:
+        yield from probes.check_across(
+            path,
+            nodes=nodes,
+            options=_srun_options(settings.request),
+            python=shlex.split(settings.site.python),
+        )
+
+
+def _srun_options(request: Request) -> list[str]:
+    """Return what the jobs of a run ask for to be let in."""
+    names = ("account", "partition", "qos", "constraint", "reservation", "exclude")
+    given = ((name, getattr(request, name)) for name in names)
+    return [f"--{name}={value}" for name, value in given if value]
 
 
 def _show(check: Check) -> None:

@@ -27,8 +27,8 @@ def check_ray_places(temp: str) -> None:
     Raises:
         LocalStorageError: The node refuses one of them; says which.
     """
-    _check_socket(temp)
-    _check_shared_memory()
+    check_socket(temp)
+    check_shared_memory()
 
 
 def socket_length(temp: str) -> int:
@@ -36,7 +36,12 @@ def socket_length(temp: str) -> int:
     return len(os.fsencode(os.path.join(temp, _SOCKET)))
 
 
-def _check_socket(temp: str) -> None:
+def check_socket(temp: str) -> None:
+    """Bind a socket as long as Ray's longest.
+
+    Raises:
+        LocalStorageError: It cannot be.
+    """
     path = os.path.join(temp, _SOCKET)
     try:
         os.makedirs(os.path.dirname(path))
@@ -52,7 +57,12 @@ def _check_socket(temp: str) -> None:
         shutil.rmtree(os.path.join(temp, _SOCKET.partition("/")[0]), ignore_errors=True)
 
 
-def _check_shared_memory() -> None:
+def check_shared_memory() -> None:
+    """Map some shared memory.
+
+    Raises:
+        LocalStorageError: It cannot be.
+    """
     path = ""
     try:
         fd, path = tempfile.mkstemp(prefix="hpcresume-", dir=SHARED_MEMORY)

@@ -127,3 +127,50 @@ def test_doctor_on_a_node_knows_its_disk_and_its_slurm(slurm_cluster: SlurmClust
     assert live["ClusterName"] in checks["controller"]["found"]
     assert "low REQUEUE with 15 s of grace" in checks["preemption"]["found"]
     assert [] == list(shared.iterdir())
+
+
+def test_doctor_compares_two_nodes(slurm_cluster: SlurmCluster, command: Command) -> None:
+    """
+    A job of two nodes finds that a directory on the shared file system shows new files at
+    once, that renames and exclusive creates hold across nodes, locks too, and that the clocks
+    agree; nothing is left in it or in the queue.
+    """
+    shared = slurm_cluster.folder("runs")
+
+    report = command.json("doctor", str(shared), "--nodes", "2")
+
+    checks = {c["name"]: c for c in report["checks"] if c["section"] == "nodes"}
+    assert ["two nodes", "a new file", "rename", "exclusive create", "flock", "clocks"] == list(
+        checks
+    )
+    assert {"ok"} == {check["state"] for check in checks.values()}, checks
+    first, second = checks["two nodes"]["found"].split(" and ")
+    assert {first, second} < set(slurm_cluster.nodes)
+    assert first != second
+    assert [] == list(shared.iterdir())
+    slurm_cluster.wait_idle()
+
+
+def test_doctor_finds_that_a_directory_is_not_shared(
+    slurm_cluster: SlurmCluster, command: Command
+) -> None:
+    """A directory that each node has of its own is wrong, with the node and what to do."""
+    report = command.json("doctor", "/dev/shm", "--nodes", "2", rc=1)
+
+    (check,) = [c for c in report["checks"] if c["name"] == "shared directory"]
+    assert "wrong" == check["state"]
+    assert "No such file or directory" in check["found"]
+    assert any(name in check["found"] for name in slurm_cluster.nodes)
+    assert "every node sees" in check["remedy"]
+
+
+def test_doctor_without_two_free_nodes(slurm_cluster: SlurmCluster, command: Command) -> None:
+    """A request that no nodes can meet is wrong, with what Slurm said; nothing hangs."""
+    asked = {"HPCRESUME_REQUEST__CONSTRAINT": "unobtainable"}
+    asking = Command(command.directory, {**(command.env or {}), **asked})
+
+    report = asking.json("doctor", str(slurm_cluster.folder("runs")), "--nodes", "2", rc=1)
+
+    (check,) = [c for c in report["checks"] if c["section"] == "nodes"]
+    assert ("srun", "wrong") == (check["name"], check["state"])
+    assert "Invalid feature specification" in check["found"]

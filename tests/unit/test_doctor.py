@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from hpcresume import doctor
+from hpcresume.doctor import ray_head, software, storage
 from hpcresume.errors import LocalStorageError
 from tests.support.fuse import fuse_mount
 
@@ -30,7 +31,7 @@ PreemptType = preempt/qos
 PreemptParameters = send_user_signal
 SLURM_VERSION = 24.11.1
 """
-PROBES = {"flock": doctor._flock, "link": doctor._hard_link, "fsync": doctor._sync_directory}
+PROBES = {"flock": storage._flock, "link": storage._hard_link, "fsync": storage._sync_directory}
 DETACH = 2  # linux/fs.h, MNT_DETACH
 
 
@@ -152,8 +153,8 @@ def test_a_file_system_that_hangs_is_given_up(tmp_path):
 
 def test_two_winners_of_one_name_are_noticed(fresh, monkeypatch):
     """Where an exclusive create is not exclusive, runs cannot be kept there."""
-    monkeypatch.setattr(doctor, "_RACER", doctor._RACER.replace("os.O_EXCL", "0"))
-    check = doctor._exclusive(str(fresh))
+    monkeypatch.setattr(storage, "_RACER", storage._RACER.replace("os.O_EXCL", "0"))
+    check = storage._exclusive(str(fresh))
     assert ("wrong", "4 processes won 256 of 64 names") == (check.state, check.found)
 
 
@@ -165,8 +166,8 @@ def test_a_rename_that_is_not_atomic_is_noticed(fresh, monkeypatch):
         shutil.copyfile(source, target)
         os.unlink(source)
 
-    monkeypatch.setattr(doctor.os, "rename", copy)
-    assert "wrong" == doctor._rename(str(fresh)).state
+    monkeypatch.setattr(storage.os, "rename", copy)
+    assert "wrong" == storage._rename(str(fresh)).state
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_a_failing_fsync_is_wrong(fresh, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    check = doctor._tried("fsync", doctor._sync_file, str(fresh))
+    check = storage._tried("fsync", storage._sync_file, str(fresh))
     assert "wrong" == check.state
     assert "Input/output error" in check.found
 
@@ -206,7 +207,7 @@ def test_a_lock_that_excludes_nobody_is_a_warning(fresh, monkeypatch):
     """A lock call that always succeeds is not a lock."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     assert ("warning", "a lock excludes nobody") == (
-        (check := doctor._flock(str(fresh))).state,
+        (check := storage._flock(str(fresh))).state,
         check.found,
     )
 
@@ -216,19 +217,19 @@ def test_a_directory_that_others_can_replace_is_a_warning(fresh):
     inner = fresh / "run"
     inner.mkdir()
     fresh.chmod(0o777)
-    (check,) = doctor._owners(str(inner))
+    (check,) = storage._owners(str(inner))
     assert "warning" == check.state
     assert f"{fresh} has mode 0777" in check.found
     fresh.chmod(0o1777)
-    (check,) = doctor._owners(str(inner))
+    (check,) = storage._owners(str(inner))
     assert f"{fresh} has mode" not in check.found
 
 
 def test_mount_options_are_named_with_what_they_mean(fresh, monkeypatch):
     """Only options that matter to a run, and not the harmless value of one that can."""
     options = frozenset({"rw", "soft", "nolock", "local_lock=none", "vers=3"})
-    monkeypatch.setattr(doctor, "mount_of", lambda _: ("/n", "nfs4", options))
-    found = by_name(doctor._file_system(str(fresh)))
+    monkeypatch.setattr(storage, "mount_of", lambda _: ("/n", "nfs4", options))
+    found = by_name(storage._file_system(str(fresh)))
     assert {"file system", "mount option soft", "mount option nolock"} == set(found)
     assert ("ok", "nfs4 at /n") == (found["file system"].state, found["file system"].found)
     assert "mount it hard" in found["mount option soft"].remedy
@@ -242,7 +243,7 @@ def test_too_little_space_is_a_warning(fresh, monkeypatch):
         f_bavail, f_frsize, f_files, f_favail = 10, 4096, real.f_files or 1, 5
 
     monkeypatch.setattr(os, "statvfs", lambda _: Full)
-    assert ["warning", "warning"] == [check.state for check in doctor._space(str(fresh))]
+    assert ["warning", "warning"] == [check.state for check in storage._space(str(fresh))]
 
 
 def test_candidates_of_node_local_disk_are_told_apart(fresh):
@@ -297,9 +298,9 @@ def test_a_path_too_long_for_sockets_is_wrong(fresh):
 def test_the_build_of_lmdb_is_told(monkeypatch):
     """The package's own build is ok, the system's a warning, one that dies wrong."""
     assert "ok" == by_name(doctor.check_software())["lmdb build"].state
-    monkeypatch.setattr(doctor, "_LMDB", "print(0, 9, 33); print(0, 9, 33)")
+    monkeypatch.setattr(software, "_LMDB", "print(0, 9, 33); print(0, 9, 33)")
     assert "warning" == by_name(doctor.check_software())["lmdb build"].state
-    monkeypatch.setattr(doctor, "_LMDB", "import os; os.kill(os.getpid(), 4)")
+    monkeypatch.setattr(software, "_LMDB", "import os; os.kill(os.getpid(), 4)")
     assert "wrong" == by_name(doctor.check_software())["lmdb build"].state
 
 
@@ -382,7 +383,7 @@ def test_a_head_that_lets_strangers_in_is_wrong():
         text=True,
     )
     try:
-        check = doctor._stranger(head.stdout.readline().strip(), timeout_s=60)
+        check = ray_head._stranger(head.stdout.readline().strip(), timeout_s=60)
     finally:
         head.communicate(timeout=60)
         shutil.rmtree(temp, ignore_errors=True)
