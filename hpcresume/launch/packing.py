@@ -128,7 +128,7 @@ def _learn_array_size(resolved: Resolved, *, tasks: int) -> Learned:
     site = fitted.settings.site
     if not site.arrays:
         return Learned(fitted, tasks, "this Slurm has no arrays: site.arrays = false")
-    note = f"this Slurm takes arrays of {site.max_array_size}: site.max_array_size"
+    note = f"this Slurm takes no larger arrays: site.max_array_size = {site.max_array_size}"
     return Learned(fitted, site.max_array_size, note)
 
 
