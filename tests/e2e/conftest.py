@@ -3,6 +3,7 @@
 from tests.support.cluster import (
     cgroup_cluster,
     each_cluster,
+    limited_cluster,
     linuxproc_cluster,
     shared_cgroup_cluster,
     shared_linuxproc_cluster,
@@ -12,6 +13,7 @@ from tests.support.cluster import (
 __all__ = [
     "cgroup_cluster",
     "each_cluster",
+    "limited_cluster",
     "linuxproc_cluster",
     "shared_cgroup_cluster",
     "shared_linuxproc_cluster",

@@ -10,17 +10,10 @@ import pytest
 
 from hpcresume import slurm
 from tests.support.cli import Command, attempt_pids, logs_of, wait_until
-from tests.support.cluster import SlurmCluster, cluster
+from tests.support.cluster import SlurmCluster
 from tests.support.pipelines import fan_result, write_fan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
-
-
-@pytest.fixture(scope="module")
-def limited_cluster() -> Iterator[SlurmCluster]:
-    """Return a cluster whose arrays have at most 8 tasks and whose users at most 12 jobs."""
-    with cluster(max_array_size=8, max_submit=12) as made:
-        yield made
 
 
 @pytest.fixture

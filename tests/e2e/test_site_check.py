@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from hpcresume import slurm
 from hpcresume.config import site_names
 from hpcresume.launch.rendering import render_array, render_merge
 from tests.support.cli import Command
 from tests.support.cluster import SlurmCluster
-from tests.unit.launch.jobs import array_job, merge_job, settings
+from tests.unit.launch.jobs import array_job, bash_syntax, merge_job, settings
+from tests.unit.launch.test_quoting import values
 
 pytestmark = pytest.mark.slurm
 
@@ -58,6 +62,16 @@ def test_what_contradicts_the_live_slurm_is_wrong(command: Command, tmp_path: Pa
     assert "site.max_array_size = 1001" == wrong["site.max_array_size"]
     assert "site.kill_wait_s = 5" == wrong["site.kill_wait_s"]
     assert {"request.partition", "job array", "merge job", "site.identify"} <= set(wrong)
+
+
+def test_a_submit_limit_is_found(limited_cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A site that allows more jobs and larger arrays than the live Slurm is told both limits."""
+    here = {"HPCRESUME_SITE_PATH": "", "XDG_CONFIG_HOME": str(tmp_path / "c")}
+    report = Command(tmp_path, {**limited_cluster.env, **here}).json("site", "check", rc=15)
+
+    wrong = {f["key"]: f["write"] for f in report["findings"] if f["state"] == "wrong"}
+    assert "site.max_array_size = 8" == wrong["site.max_array_size"]
+    assert "site.max_submit = 12" == wrong["site.max_submit"]
 
 
 def test_a_new_site_is_right_about_the_slurm_it_came_from(
@@ -105,6 +119,34 @@ def test_every_shipped_sites_scripts_pass_sbatch(
                 refused[name, kind] = str(error)
 
     assert {} == refused
+
+
+# What a user's names may hold; control characters are refused before (tests/unit).
+WEIRD = ["it's", 'a "b"', "$HOME `id`", "x#y;z && w", "\\d\\", "é ü 日本", "--wrap=x", "%j"]
+
+
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(WEIRD), account=st.sampled_from(WEIRD), comment=values)
+def test_weird_names_pass_sbatch(
+    slurm_cluster: SlurmCluster, name: str, account: str, comment: str
+) -> None:
+    """
+    Whatever stands in names, paths and options, a real sbatch takes the script as the job
+    that was meant, and bash finds nothing wrong with it: no value has left its line.
+    """
+    folder = slurm_cluster.root / "weird" / re.sub(r"[/%\\]", "_", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {"account": account, "extra": [f"--comment={comment}"], "time": "10"}
+    job = array_job(
+        name=name, run_dir=folder, folder=folder, log_dir=folder, environment={"X": comment}
+    )
+    text = render_array(job, settings({"request": asked}))
+    script = folder / "job.sh"
+    script.write_text(text)
+
+    slurm.would_accept(script=script, conf=slurm_cluster.conf)
+
+    assert "" == bash_syntax(text)
 
 
 def test_doctor_on_a_node_knows_its_disk_and_its_slurm(slurm_cluster: SlurmCluster) -> None:

@@ -317,6 +317,13 @@ def shared_linuxproc_cluster() -> Iterator[SlurmCluster]:
     yield from _shared("linuxproc")
 
 
+@pytest.fixture(scope="session")
+def limited_cluster() -> Iterator[SlurmCluster]:
+    """Return a cluster whose arrays have at most 8 tasks and whose users at most 12 jobs."""
+    with cluster(max_array_size=8, max_submit=12) as made:
+        yield made
+
+
 @pytest.fixture
 def cgroup_cluster(shared_cgroup_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
     """Return an idle cluster with proctrack/cgroup; it is cleared after the test."""

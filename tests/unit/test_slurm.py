@@ -282,3 +282,139 @@ def test_config_and_nodes_are_dictionaries_of_the_live_settings(tool) -> None:
 
     assert {"AuthInfo": "a=b,c=5"} == slurm.config()
     assert [slurm.NodeEntry("n1", "idle"), slurm.NodeEntry("n2", "down*")] == slurm.nodes()
+
+
+# `scontrol show partition -o` of Slurm 22.05.8.
+PARTITIONS = (
+    "PartitionName=low AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=YES "
+    "QoS=N/A DefaultTime=01:00:00 DisableRootJobs=NO ExclusiveUser=NO GraceTime=15 Hidden=NO "
+    "MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 LLN=YES MaxCPUsPerNode=UNLIMITED "
+    "Nodes=n[1-4] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO "
+    "OverTimeLimit=NONE PreemptMode=REQUEUE State=UP TotalCPUs=8 TotalNodes=4 "
+    "SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED "
+    "MaxMemPerNode=UNLIMITED TRES=cpu=8,mem=21692M,node=4,billing=8\n"
+    "PartitionName=night AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=login[1-2] "
+    "Default=NO QoS=small DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 "
+    "Hidden=NO MaxNodes=UNLIMITED MaxTime=1-00:00:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED "
+    "Nodes=n[1-4] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO "
+    "OverSubscribe=EXCLUSIVE OverTimeLimit=NONE PreemptMode=OFF State=DRAIN TotalCPUs=8 "
+    "TotalNodes=4 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED "
+    "MaxMemPerNode=UNLIMITED\n"
+)
+NO_DATABASE = "sacctmgr: error: Sending PersistInit msg: Connection refused\nproblem with slurmdbd"
+
+
+def test_partitions_are_read_by_name(tool) -> None:
+    """Limits, preemption and who may submit come from the one-line records."""
+    tool("scontrol", f"cat <<'E'\n{PARTITIONS}E")
+
+    assert [
+        slurm.Partition(
+            name="low",
+            default=True,
+            state="UP",
+            max_time="UNLIMITED",
+            default_time="01:00:00",
+            preempt_mode="REQUEUE",
+            grace_s=15,
+            qos=None,
+            exclusive=False,
+            submitters="ALL",
+        ),
+        slurm.Partition(
+            name="night",
+            default=False,
+            state="DRAIN",
+            max_time="1-00:00:00",
+            default_time=None,
+            preempt_mode="OFF",
+            grace_s=0,
+            qos="small",
+            exclusive=True,
+            submitters="login[1-2]",
+        ),
+    ] == slurm.partitions()
+
+
+def test_qualities_of_service_have_limits_or_none(tool) -> None:
+    """A limit that is not set is None; a grace period is in seconds, however it is spelled."""
+    tool("sacctmgr", "printf 'normal||00:00:00\\nsmall|4|00:02:00\\nlong|50|90\\n'")
+
+    assert [
+        slurm.Qos("normal", None, None),
+        slurm.Qos("small", 4, 120),
+        slurm.Qos("long", 50, 90),
+    ] == slurm.qualities()
+
+
+def test_associations_of_a_user(tool, tmp_path: Path) -> None:
+    """One for each account and partition; what is not set is None; user and cluster are named."""
+    rows = "everyone||normal||\\nphysics|night|normal,small|small|200\\n"
+    tool("sacctmgr", f'echo "$*" > {tmp_path}/asked; printf "{rows}"')
+
+    assert [
+        slurm.Association("everyone", None, ("normal",), None, None),
+        slurm.Association("physics", "night", ("normal", "small"), "small", 200),
+    ] == slurm.associations("ann", cluster="big")
+    assert "user=ann cluster=big" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("ask", [slurm.qualities, lambda: slurm.associations("ann", cluster="big")])
+def test_a_silent_accounting_is_its_own_error(tool, ask) -> None:
+    """A cluster without slurmdbd, or with one that is away, is told from a refusal."""
+    tool("sacctmgr", f"echo '{NO_DATABASE}' >&2; exit 1")
+
+    with pytest.raises(slurm.AccountingUnavailableError, match="accounting does not answer"):
+        ask()
+
+
+def test_a_script_that_would_be_taken(tool, tmp_path: Path) -> None:
+    """`--test-only` stands before the options and the script; its forecast is no refusal."""
+    forecast = "sbatch: Job 9 to start at 2026-11-21T07:30:00 using 2 processors on nodes n1"
+    tool("sbatch", f"echo \"$*\" > {tmp_path}/asked; echo '{forecast}' >&2")
+
+    slurm.would_accept(["--mem=1M"], script=Path("/s/job.sh"))
+
+    assert "--test-only --mem=1M /s/job.sh\n" == (tmp_path / "asked").read_text()
+
+
+def test_a_script_that_would_be_refused(tool) -> None:
+    """The reason is kept; a silent controller is not a refusal."""
+    tool("sbatch", "echo 'allocation failure: Invalid job array specification' >&2; exit 1")
+    with pytest.raises(SlurmRefusedError) as error:
+        slurm.would_accept(script=Path("/s/job.sh"))
+    assert "Invalid job array specification" in error.value.fields["stderr"]
+
+    tool("sbatch", "echo 'sbatch: error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SlurmUnreachableError):
+        slurm.would_accept(script=Path("/s/job.sh"))
+
+
+# What scontrol of Slurm 22.05.8 says where some elements of the array run.
+PARTLY = "1_0-3: Job is no longer pending execution\n1_4-9: No error"
+
+
+def test_nodes_are_taken_out_of_pending_elements(tool, tmp_path: Path) -> None:
+    """That running elements cannot be changed any more is no failure."""
+    tool("scontrol", f"echo \"$*\" > {tmp_path}/asked; echo '{PARTLY}' >&2; exit 1")
+
+    slurm.exclude_nodes("1", "n1,n2")
+
+    assert "update JobId=1 ExcNodeList=n1,n2\n" == (tmp_path / "asked").read_text()
+
+
+def test_a_refusal_for_a_pending_element_is_one(tool) -> None:
+    """Whoever may not change the job is told so."""
+    tool("scontrol", "echo '1_4-9: Access/permission denied' >&2; exit 1")
+    with pytest.raises(SlurmRefusedError, match="permission denied"):
+        slurm.exclude_nodes("1", "n1")
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [("COMPLETED", True), ("CANCELLED by 0", True), ("COMPLETING", False), ("PENDING", False)],
+)
+def test_what_slurm_still_cleans_up_has_not_ended(state: str, ended: bool) -> None:
+    """A job that is completing still counts against limits."""
+    entry = slurm.QueueEntry(slurm.JobId("1"), "1", None, "x", state, None, None)
+    assert ended == entry.ended
