@@ -47,18 +47,18 @@ _NO_ACCOUNTING = re.compile(
     r"accounting storage is disabled|problem talking to the database|slurmdbd",
     re.IGNORECASE,
 )
+_NO_SUCH_JOB = "Invalid job id specified"
+_ALREADY_OVER = re.compile(
+    rf"{_NO_SUCH_JOB}|already completing or completed|already finished", re.IGNORECASE
+)
 _ENDED = frozenset(
     {
         "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
         "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
     }
 )  # fmt: skip
-_NO_SUCH_JOB = "Invalid job id specified"
-_ALREADY_OVER = re.compile(
-    rf"{_NO_SUCH_JOB}|already completing or completed|already finished", re.IGNORECASE
-)
-_CHANGED_OR_LATE = re.compile(rf"No error|no longer pending|{_ALREADY_OVER.pattern}", re.IGNORECASE)
 _NOTHING = frozenset({"", "(null)", "None", "N/A", "Unknown", "NONE"})
+_CHANGED_OR_LATE = re.compile(rf"No error|no longer pending|{_ALREADY_OVER.pattern}", re.IGNORECASE)
 
 
 class AccountingUnavailableError(SlurmUnreachableError):
@@ -81,7 +81,7 @@ class QueueEntry:
 
     @property
     def ended(self) -> bool:
-        """Whether it has left the queue; one that Slurm is still cleaning up after has not."""
+        """Whether Slurm is done with it: it will not run, nor run again."""
         return self.state.split(" ")[0] in _ENDED
 
 

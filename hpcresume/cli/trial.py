@@ -29,7 +29,7 @@ from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE, UsageError
 if TYPE_CHECKING:
     from hpcresume.config import Settings
     from hpcresume.launch.estimate import Estimate
-    from hpcresume.launch.trial import TrialReport
+    from hpcresume.launch.trial_report import TrialReport
 
 _PROGRESS_S = 10.0
 

@@ -156,8 +156,8 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     if not standing.remainder:
         count = len(standing.union.withheld)
         return f"{count} sources belong to array tasks that were cancelled" if count else ""
-    # A round that Slurm refused was dealt anew as the next one.
-    rounds = [number for number in run.rounds() if run.job_records(number) or run.tasks(number)]
+    # One whose sbatch was lost, and which was dealt anew, says nothing.
+    rounds = [round_ for round_ in run.rounds() if run.job_records(round_) or run.tasks(round_)]
     if not rounds:
         return ""
     if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:

@@ -17,7 +17,8 @@ import hpcresume as hr
 from hpcresume.cli import cli
 from hpcresume.errors import NotResumableError, SourcesError, UsageError
 from hpcresume.launch.estimate import estimate_run, limit_seconds, spell_time, suggest
-from hpcresume.launch.trial import Spread, even_positions, run_trial, spread, trial
+from hpcresume.launch.trial import run_trial, trial
+from hpcresume.launch.trial_sample import Spread, even_positions, spread
 from hpcresume.pipeline.sources import as_sources
 from tests.unit.launch.jobs import settings
 
