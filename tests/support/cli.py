@@ -36,10 +36,14 @@ class Command:
     directory: Path
     env: Mapping[str, str] | None = None
 
+    def argv(self, *arguments: str) -> list[str]:
+        """Return the words that start the command."""
+        return [sys.executable, "-m", "hpcresume", *arguments]
+
     def start(self, *arguments: str, **popen: Any) -> subprocess.Popen[str]:
         """Start a command and return its process."""
         return subprocess.Popen(
-            [sys.executable, "-m", "hpcresume", *arguments],
+            self.argv(*arguments),
             cwd=self.directory,
             env={**(self.env or os.environ), "PYTHONDONTWRITEBYTECODE": "1"},
             text=True,
