@@ -129,6 +129,14 @@ def test_a_site_names_its_centres_page(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_unconfirmed_says_where_to_look(name):
+    """A value that nobody has seen to be right has the centre's page beside it."""
+    text = (data_dir("site") / name / "site.toml").read_text(encoding="utf-8")
+    doubtful = [comment for comment in comments(text) if "unconfirmed" in comment]
+    assert [] == [comment for comment in doubtful if "https://" not in comment]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_site_runs_no_shell_lines_of_its_own(name):
     """Modules and environments are a user's choice; a shipped file decides none of them."""
     data = tomllib.loads((data_dir("site") / name / "site.toml").read_text(encoding="utf-8"))
