@@ -54,6 +54,9 @@ _MARK = re.compile(r"(\d+)-(stop|resume)")
 _NUMBER = re.compile(r"(\d+)")
 _ACCEPTED = re.compile(r"accepted-(\d+)")
 
+CLOSED = "a later round"
+"""Who owns a round that no job array claimed before the next one was planned."""
+
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
 
@@ -434,6 +437,26 @@ class RunDir:
             return self.fs.read(path).decode()
         return owner
 
+    def round_owner(self, round_: int) -> str | None:
+        """Return who claimed a round, None where nobody has."""
+        try:
+            return self.fs.read(self.round_path(round_, "claim")).decode()
+        except FileNotFoundError:
+            return None
+
+    def was_submitted(self, round_: int) -> bool:
+        """Tell whether anything shows that a planned round was submitted or replaced."""
+        return bool(
+            self.job_records(round_) or self.tasks(round_) or self.round_owner(round_) is not None
+        )
+
+    def close_round(self, round_: int) -> None:
+        """Claim a round that nobody claimed: an array of it that appears late ends at once.
+
+        A lost sbatch may take effect after its round has been dealt anew.
+        """
+        self.claim_round(round_, CLOSED)
+
     def marks(self) -> list[tuple[int, str]]:
         """Return the stop and resume marks, oldest first."""
         names = list_names(self.fs, self.join("control"))
@@ -453,7 +476,9 @@ class RunDir:
         number, newest = self._newest_mark()
         if newest != kind:
             path = self._mark_path(number + 1, kind)
-            publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
+            # Somebody else has said the same just now.
+            with contextlib.suppress(FileExistsError):
+                publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
 
     def _newest_mark(self) -> tuple[int, str]:
         marks = self.marks()
