@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import secrets
@@ -17,6 +18,7 @@ from pyroaring import BitMap
 
 from hpcresume.config.settings import Settings, SiteSettings
 from hpcresume.errors import InternalError
+from hpcresume.failpoints import failpoint
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
 from hpcresume.merge.generation import (
@@ -385,10 +387,15 @@ def run_finish(run: RunDir, pipeline: Pipeline) -> None:
             for name in files:
                 _sync_file(os.path.join(directory, name))
             POSIX.sync_directory(directory)
-        # Another merge that came first has published the same.
-        with contextlib.suppress(FileExistsError):
+        failpoint("finish.before_rename")
+        try:
             os.rename(temporary, target)
+        except OSError as error:
+            # Another merge that came first has published the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         POSIX.sync_directory(run.path)
+        failpoint("finish.after_rename")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

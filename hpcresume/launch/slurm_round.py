@@ -11,8 +11,10 @@ the round works, some merge job is still to run, whoever submitted what.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,16 +78,23 @@ def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
     known = active_jobs(run, plan.footer.round)
     if known:
         return take_up(run, plan, resolved, known)
-    try:
+    with _in_doubt(f"The array of round {plan.footer.round}"):
         jobs = _submit_tasks(run, plan, resolved)
-    except SlurmUnreachableError as error:
-        raise SlurmUnreachableError(
-            f"{error} The array of round {plan.footer.round} may or may not be submitted. "
-            "Run the same command again: it looks for the array before submitting another.",
-            **error.fields,
-        ) from error
     failpoint("round.after_array")
     return _follow(run, plan, resolved, jobs)
+
+
+@contextlib.contextmanager
+def _in_doubt(what: str) -> Iterator[None]:
+    """Say of an answer that did not come what may have happened, and what to do."""
+    try:
+        yield
+    except SlurmUnreachableError as error:
+        raise SlurmUnreachableError(
+            f"{what} may or may not be submitted. {error.fields.get('stderr', error)}. "
+            "Run the same command again: it looks for what is there before it submits more.",
+            **error.fields,
+        ) from error
 
 
 def take_up(
@@ -156,20 +165,21 @@ def cancelled_tasks(run: RunDir, round_: int) -> list[int]:
 
 def _follow(run: RunDir, plan: Plan, resolved: Resolved, arrays: list[str]) -> JobRecord:
     """Submit the merge job and its twin where none waits; record what there is."""
-    merge = twin = ""
+    round_, merge, twin = plan.footer.round, "", ""
     try:
         if resolved.settings.site.submit_from_compute:
-            waiting = _waiting_merges(run, plan)
-            merge = _find(waiting, merge_name(run, plan.footer.round)) or _submit_merge(
-                run, plan, resolved, "afterany:" + ":".join(arrays)
-            )
-            failpoint("round.after_merge")
-            # A twin of another merge job ends without having run when that one succeeds.
-            twins = [entry for entry in waiting if entry.waits_for(merge)]
-            twin = _find(twins, twin_name(run, plan.footer.round)) or _submit_merge(
-                run, plan, resolved, f"afternotok:{merge}", twin=True
-            )
-            failpoint("round.after_twin")
+            with _in_doubt(f"Job {','.join(arrays)} is submitted; the merge job after it"):
+                waiting = _waiting_merges(run, plan)
+                merge = _find(waiting, merge_name(run, round_)) or _submit_merge(
+                    run, plan, resolved, "afterany:" + ":".join(arrays)
+                )
+                failpoint("round.after_merge")
+                # A twin of another merge job ends without having run when that one succeeds.
+                twins = [entry for entry in waiting if entry.waits_for(merge)]
+                twin = _find(twins, twin_name(run, round_)) or _submit_merge(
+                    run, plan, resolved, f"afternotok:{merge}", twin=True
+                )
+                failpoint("round.after_twin")
     finally:
         record = _record(run, plan, arrays, merge, twin)
     return record
