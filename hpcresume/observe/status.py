@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from hpcresume import slurm
-from hpcresume.errors import HpcResumeError
+from hpcresume.errors import HpcResumeError, SlurmUnreachableError
 from hpcresume.merge.generation import Union, newest_footer, read_union
 from hpcresume.merge.plan import PlanFooter, array_name, merge_name, open_plan, twin_name
 from hpcresume.observe.liveness import is_gone, submitter_runs
@@ -179,10 +179,18 @@ class _Round:
 
 @dataclass
 class _Queue:
-    """What squeue said: jobs that have not ended; ``unasked`` says why it was not asked."""
+    """What squeue said of jobs that have not ended.
+
+    Attributes:
+        tasks: The newest round's array.
+        merges: Its merge jobs and their twins.
+        planners: Those of the round before, which planned it and may not have submitted it yet.
+        unasked: Why squeue was not asked.
+    """
 
     tasks: list[slurm.QueueEntry] = field(default_factory=list)
     merges: list[slurm.QueueEntry] = field(default_factory=list)
+    planners: list[slurm.QueueEntry] = field(default_factory=list)
     unasked: str = ""
 
 
@@ -244,9 +252,9 @@ def _look_for_life(run: RunDir, newest: _Round, *, ask_slurm: bool) -> str:
         if attempt.outcome is None and attempt is newest_of[attempt.ref.task]:
             attempt.alive = _is_alive(attempt, queue)
     if queue is not None:
-        # Where Slurm was not asked, what was never submitted is still known not to wait.
-        in_doubt = bool(queue.unasked and (newest.jobs or newest.attempts))
-        newest.waiting = bool(in_doubt or queue.tasks or queue.merges)
+        # Where Slurm was not asked, a first round that was never submitted still does not wait.
+        in_doubt = bool(queue.unasked and (newest.number or newest.jobs or newest.attempts))
+        newest.waiting = bool(in_doubt or queue.tasks or queue.merges or queue.planners)
         newest.unmerged = bool(newest.merges_itself and queue.tasks and not queue.merges)
         return queue.unasked
     unseen = {a.info.host for a in newest.attempts if a.alive is None and a.info is not None}
@@ -259,19 +267,24 @@ def _ask_queue(run: RunDir, round_: int, *, ask_slurm: bool) -> _Queue:
     """Ask for the round's jobs by name, as an sbatch whose answer was lost left no record."""
     if not ask_slurm:
         return _Queue(unasked="Slurm's queue: not asked on request")
-    array, merge, twin = (name(run, round_) for name in (array_name, merge_name, twin_name))
+    array, merges = array_name(run, round_), [merge_name(run, round_), twin_name(run, round_)]
+    planners = [merge_name(run, round_ - 1), twin_name(run, round_ - 1)] if round_ else []
     try:
         entries = slurm.queue(
-            name=f"{array},{merge},{twin}",
+            name=",".join([array, *merges, *planners]),
             user=os.stat(run.path).st_uid,
             timeout_s=_SQUEUE_TIMEOUT_S,
         )
+    except SlurmUnreachableError as error:
+        complaint = error.fields.get("stderr", error)
+        return _Queue(unasked=f"Slurm's queue; Slurm did not answer: {complaint}")
     except HpcResumeError as error:
         return _Queue(unasked=f"Slurm's queue: {error}")
     to_come = [entry for entry in entries if not (entry.ended or entry.waits_in_vain)]
     return _Queue(
         tasks=[entry for entry in to_come if entry.name == array],
-        merges=[entry for entry in to_come if entry.name != array],
+        merges=[entry for entry in to_come if entry.name in merges],
+        planners=[entry for entry in to_come if entry.name in planners],
     )
 
 
@@ -332,7 +345,8 @@ def _unfinished(run: RunDir, newest: _Round, sources: SourceCounts) -> tuple[str
         if newest.attempts:
             return "waiting", f"for the merge or restarted tasks of round {newest.number}"
         return "waiting", f"for the tasks of round {newest.number} to start"
-    if not newest.jobs and not newest.attempts:
+    planned_by_a_merge = newest.on_slurm and newest.number > 0
+    if not (planned_by_a_merge or newest.jobs or newest.attempts):
         return "planned", f"nothing shows that round {newest.number} was submitted; {go_on}"
     if sources.remaining == 0:
         return "interrupted", f"all its sources are settled, but nothing has ended it; {go_on}"

@@ -281,7 +281,8 @@ def test_the_controller_stops_while_a_task_requeues_itself(slurm_cluster: SlurmC
 
     ended = quick.command.wait_ended(quick.run)
     assert "did not answer" in status["unasked"]
-    assert ("running", True) == (status["state"], status["sources"]["completed"] > 0)
+    assert status["state"] in {"running", "waiting"}
+    assert status["sources"]["completed"] > 0
     assert took_s < 30
     assert ("complete", 2) == (ended["state"], len(ended["rounds"])), ended
     assert ["saved", "done"] == [task["state"] for task in ended["tasks"]]

@@ -124,11 +124,12 @@ def test_weighted_sources_are_dealt_longest_first(tmp_path):
 def test_a_round_is_planned_once_after_the_one_that_was_seen(tmp_path):
     """Whoever is late with its view of a run does not plan a round after the next one."""
     made = make_run(tmp_path)
-    plan_next(made, after=0)
+    first = plan_next(made, after=0, array=2)
+    same = plan_next(made, after=0, array=2)
 
     with pytest.raises(FileExistsError):
-        plan_next(made, after=0)
-    assert [0, 1] == made.run.rounds()
+        plan_next(made, after=0, array=3)
+    assert (1, 1, [0, 1]) == (first, same, made.run.rounds())
 
 
 def test_a_round_at_work_is_no_reason_to_stop(tmp_path):

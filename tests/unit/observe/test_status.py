@@ -348,6 +348,21 @@ def test_an_array_without_a_record_is_seen(tmp_path, monkeypatch):
     assert f"hpcresume merge {made.path} --requeue" in status.reason
 
 
+def test_between_plan_and_submission_the_merge_job_of_before_counts(tmp_path, monkeypatch):
+    """A planned round waits while the merge job that planned it lives, else it is interrupted."""
+    made = slurm_run(tmp_path)
+    made.plan(round_=1, cluster="slurm")
+    name = f"hpcresume-{made.run.run_id}-0-merge"
+    states = []
+    for state in ("RUNNING", "FAILED"):
+        entry = slurm.QueueEntry("8", "8", None, name, state, None, None)
+        monkeypatch.setattr(slurm, "queue", lambda entry=entry, **_: [entry])
+        states.append(stands(made))
+    unasked = stands(made, ask_slurm=False)
+
+    assert (["waiting", "interrupted"], "waiting") == (states, unasked)
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "missing"),
     [
@@ -357,9 +372,7 @@ def test_an_array_without_a_record_is_seen(tmp_path, monkeypatch):
         ("FAILED", None, True),
     ],
 )
-def test_a_merge_job_that_cannot_run_does_not_count(
-    tmp_path, monkeypatch, state, reason, missing
-):
+def test_a_merge_job_that_cannot_run_does_not_count(tmp_path, monkeypatch, state, reason, missing):
     """A twin whose merge job succeeded waits for ever where Slurm does not remove it."""
     made = slurm_run(tmp_path)
     name = f"hpcresume-{made.run.run_id}-0"
