@@ -42,6 +42,7 @@ from hpcresume.run.directory import (
     RunInfo,
     check_owner,
     fingerprint_changes,
+    is_foreign,
     probe_writable,
 )
 from hpcresume.run.manifest import (
@@ -147,8 +148,7 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
         version=_version(),
         fingerprint=fingerprint(loaded.pipeline, loaded.params),
     )
-    existed = path.exists()
-    if existed and any(path.iterdir()) and not (path / "CACHEDIR.TAG").exists():
+    if path.exists() and is_foreign(str(path)):
         raise RunDirError(
             f"{path} exists and is not a run directory. Nothing is written into it. "
             "Give another one with --run-dir.",
