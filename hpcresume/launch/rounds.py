@@ -305,7 +305,8 @@ def tasks_needed(
 
     An array task costs a place in the queue and the start of Ray, so a few quick sources are
     not worth one each.  What a source takes is told by the newest round that completed any:
-    the remainder of a run may be other than what came first.
+    the remainder of a run may be other than what came first.  One that a time limit has
+    interrupted takes longer than it ran until then.
 
     Args:
         run: The run.
@@ -333,8 +334,12 @@ def tasks_needed(
         if done <= 0:
             return None
         per_weight_s = sum(one.elapsed_s for one in progress) / completed / done
-        left = len(standing.remainder) * _mean_weight(standing.remainder, weight_of)
-        return max(1, math.ceil(left * per_weight_s / min_task_s))
+        ran = standing.union.interrupted()
+        slow = BitMap(ran) & standing.remainder
+        quick = standing.remainder - slow
+        quick_s = len(quick) * _mean_weight(quick, weight_of) * per_weight_s
+        slow_s = sum(NEEDS_LONGER * ran[source] for source in slow)
+        return max(1, math.ceil((quick_s + slow_s) / min_task_s))
     return None
 
 

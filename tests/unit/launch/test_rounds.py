@@ -68,6 +68,16 @@ def test_the_newest_round_that_completed_any_is_the_measure(tmp_path):
     assert 90 == needed(made)
 
 
+def test_interrupted_sources_take_longer_than_they_ran(tmp_path):
+    """Quick ones were done; one of the two that are left had worked for ten minutes in vain."""
+    made = measured(tmp_path, total=100, completed=98, elapsed_s=9.8)
+    manifest = Manifest.open(made.run)
+    standing = stand(made.run, manifest, RESOLVED)
+    standing.union.ran = {99: 600.0, 3: 6000.0}
+
+    assert 12 == tasks_needed(made.run, standing, None, min_task_s=60.0)
+
+
 @pytest.mark.parametrize(("weight", "tasks"), [(1.0, 1), (600.0, 10), (0.0, 1)])
 def test_weights_scale_what_was_measured(tmp_path, weight, tasks):
     """Sources were done in a second per unit of weight; the one left weighs more."""
