@@ -40,7 +40,7 @@ def only_for(script: str, body: str) -> str:
     return f'case "${{!#}}" in */{script}) {body};; *) exec "$real" "$@";; esac'
 
 
-@pytest.mark.parametrize("script", ["job.sh", "merge-*.sh"])
+@pytest.mark.parametrize("script", ["job.sh", pytest.param("merge-*.sh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["failed", pytest.param("hung", marks=pytest.mark.slow)])
 def test_an_sbatch_whose_answer_is_lost(
     slurm_cluster: SlurmCluster, wrapped: Wrapped, script: str, how: str
@@ -232,6 +232,7 @@ def test_the_controller_stops_while_the_merge_job_submits(
     assert (2 if twin else 1) == len(merge_logs), merge_logs
 
 
+@pytest.mark.slow
 def test_when_no_merge_job_is_left_status_says_what_to_do(
     slurm_cluster: SlurmCluster, wrapped: Wrapped
 ) -> None:
@@ -325,8 +326,16 @@ def test_a_cluster_without_accounting(bare_cluster: SlurmCluster, wrapped: Wrapp
     ("body", "why"),
     [
         ("exec sleep 300", "no answer within 10 s"),
-        ("echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1", "Socket timed out"),
-        ("echo 'squeue: error: Invalid user' >&2; exit 1", "Invalid user"),
+        pytest.param(
+            "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1",
+            "Socket timed out",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "echo 'squeue: error: Invalid user' >&2; exit 1",
+            "Invalid user",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["slow", "no answer", "refused"],
 )

@@ -43,13 +43,13 @@ def killed(run: Path) -> bool:
 
 STEPS = [
     "round.after_array",
-    "plan.after_rename",
     *(
         pytest.param(step, marks=pytest.mark.slow)
         for step in (
             "generation.after_write",
             "generation.after_rename",
             "plan.after_write",
+            "plan.after_rename",
             "round_pickle.after_rename",
             "round_script.after_rename",
             "merge_script.after_rename",
