@@ -78,6 +78,17 @@ class QueueEntry:
     """``PENDING``, ``RUNNING``, ``COMPLETING``, ``COMPLETED``, ..."""
     reason: str | None
     node: str | None
+    dependency: str | None = None
+    """What it still waits for, as Slurm spells it: ``afterany:7_*(unfulfilled)``."""
+
+    @property
+    def waits_in_vain(self) -> bool:
+        """Whether it waits for something that cannot happen any more."""
+        return self.state == "PENDING" and self.reason == "DependencyNeverSatisfied"
+
+    def waits_for(self, job: str) -> bool:
+        """Tell whether it waits for a job."""
+        return bool(re.search(rf"(?<!\d){re.escape(job)}(?!\d)", self.dependency or ""))
 
     @property
     def ended(self) -> bool:
@@ -302,7 +313,7 @@ def queue(
 
     Args:
         jobs: Job ids; an array's id lists all its elements.  None given: all jobs of ``user``.
-        name: Only jobs of this name.
+        name: Only jobs of this name, or of these names with commas between them.
         user: User id, by default this process's; not asked for where ``jobs`` is given.
         conf: As for :func:`sbatch`.
         timeout_s: As for :func:`sbatch`.
@@ -317,7 +328,7 @@ def queue(
     """
     wanted = list(jobs)
     # The name comes last: it alone may hold the separator.
-    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%F|%K|%T|%N|%r|%j"]
+    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%F|%K|%T|%N|%r|%E|%j"]
     command += (
         ["-j", ",".join(wanted)] if wanted else ["-u", str(os.getuid() if user is None else user)]
     )
@@ -328,11 +339,11 @@ def queue(
         if _NO_SUCH_JOB in error.fields["stderr"]:
             return []
         raise
-    return [_queue_entry(line) for line in stdout.splitlines() if line.count("|") >= 6]
+    return [_queue_entry(line) for line in stdout.splitlines() if line.count("|") >= 7]
 
 
 def _queue_entry(line: str) -> QueueEntry:
-    job, array, task, state, node, reason, name = line.split("|", 6)
+    job, array, task, state, node, reason, dependency, name = line.split("|", 7)
     return QueueEntry(
         job_id=JobId(job.strip()),
         array_job_id=array,
@@ -341,6 +352,7 @@ def _queue_entry(line: str) -> QueueEntry:
         state=state,
         reason=_text(reason),
         node=_text(node),
+        dependency=_text(dependency),
     )
 
 

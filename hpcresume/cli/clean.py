@@ -40,9 +40,9 @@ def clean(run: RunDir, everything: bool, yes: bool, as_json: bool) -> None:
     """
     _refuse_what_is_in_use(run)
     found = [run.path] if everything else _temporary_files(run.path)
-    size = _size_bytes(run.path) if everything else sum(map(os.path.getsize, found))
+    size = sum(map(_size_bytes, found))
     if yes:
-        _remove(found, directory=everything)
+        _remove(found)
     if as_json:
         emit_json({"run": run.path, "removed": yes, "paths": found, "bytes": size})
         return
@@ -82,25 +82,29 @@ def _refuse_what_is_in_use(run: RunDir) -> None:
 
 
 def _temporary_files(path: str) -> list[str]:
+    """Return temporary files, and directories that were to become a snapshot or a result."""
     from hpcresume.fs import TEMPORARY_PREFIX
 
-    return sorted(
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(path)
-        for name in names
-        if name.startswith(TEMPORARY_PREFIX)
-    )
+    found = []
+    for top, directories, names in os.walk(path):
+        whole = [name for name in directories if name.startswith(TEMPORARY_PREFIX)]
+        directories[:] = [name for name in directories if name not in whole]
+        whole += [name for name in names if name.startswith(TEMPORARY_PREFIX)]
+        found += [os.path.join(top, name) for name in whole]
+    return sorted(found)
 
 
 def _size_bytes(path: str) -> int:
+    if not os.path.isdir(path):
+        return os.lstat(path).st_size
     paths = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
     return sum(os.lstat(path).st_size for path in paths)
 
 
-def _remove(paths: list[str], *, directory: bool) -> None:
+def _remove(paths: list[str]) -> None:
     try:
         for path in paths:
-            if directory:
+            if os.path.isdir(path):
                 shutil.rmtree(path)
             else:
                 os.unlink(path)

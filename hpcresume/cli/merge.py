@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
 
-from hpcresume.cli.common import emit_json, finish, human_count, json_option, run_argument, say
+from hpcresume.cli.common import (
+    emit_json,
+    finish,
+    human_count,
+    human_duration,
+    json_option,
+    run_argument,
+    say,
+)
+from hpcresume.errors import RunDirError, SlurmUnreachableError
 
 if TYPE_CHECKING:
     from hpcresume.launch.drive import Step
     from hpcresume.run.directory import RunDir
 
+# Every user of the cluster may be waiting for the same controller.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 60.0
+
 
 @click.command()
 @run_argument()
 @click.option("--requeue", is_flag=True, help="Submit what is left as the next round on Slurm.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="S",
+    help="With --requeue: go on asking a Slurm that does not answer for S seconds.",
+)
 @json_option
-def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
+def merge(run: RunDir, requeue: bool, patience: float, as_json: bool) -> None:
     """Unite what RUN's tasks published; with --requeue submit the rest as the next round.
 
-    This is what the merge job runs.  It may be killed anywhere and run twice at once.
+    This is what the merge job runs.  It may be killed anywhere, run twice at once, and run
+    while the tasks work: then it submits no tasks.
 
     \b
     Example:
       hpcresume merge runs/paragraphs-1f2e3d4c
       hpcresume merge runs/paragraphs-1f2e3d4c --requeue
     """
-    step = _step(run, requeue=requeue)
+    step = _requeue(run, patience_s=patience) if requeue else _unite(run)
     union, remainder = step.standing.union, step.standing.remainder
     line = (
         f"generation {union.number}: {human_count(len(union.completed), 'source')} completed, "
@@ -39,7 +60,12 @@ def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
     for note in step.notes:
         say(f"packed: {note}", err=True)
     if step.job is not None:
-        say(f"round {step.round}: array {step.job.array}, merge {step.job.merge}", err=as_json)
+        verb = "is still at work; no tasks were submitted" if step.state == "running" else ""
+        after = f"merge {step.job.merge} follows" if step.job.merge else ""
+        parts = [f"round {step.round}: array {step.job.array} {verb}".rstrip(), after]
+        say(", ".join(filter(None, parts)), err=as_json)
+    if step.state == "cancelled":
+        say(f"cancelled; to go on with it: hpcresume submit {run.path}", err=True)
     if union.stopped:
         say(f"stopped: {union.stopped}", err=True)
     if as_json:
@@ -57,15 +83,28 @@ def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
     finish(0)
 
 
-def _step(run: RunDir, *, requeue: bool) -> Step:
-    from hpcresume.errors import RunDirError
-    from hpcresume.launch.drive import Step as DriveStep
+def _requeue(run: RunDir, *, patience_s: float) -> Step:
+    """Do the merge step, again and again while Slurm does not answer and patience lasts."""
     from hpcresume.launch.drive import merge_step
+
+    deadline, pause = time.monotonic() + patience_s, _FIRST_PAUSE_S
+    while True:
+        try:
+            return merge_step(run)
+        except SlurmUnreachableError as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            say(f"{error}\nTrying again for another {human_duration(left)}.", err=True)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _unite(run: RunDir) -> Step:
+    from hpcresume.launch.drive import Step as DriveStep
     from hpcresume.launch.rounds import newest_plan, plan_settings, settle
     from hpcresume.run.manifest import Manifest
 
-    if requeue:
-        return merge_step(run)
     plan = newest_plan(run)
     if plan is None:
         raise RunDirError(

@@ -40,7 +40,8 @@ _MOST_TASKS = 20
 def status(run: RunDir, watch: bool, as_json: bool) -> None:
     """Show how RUN stands: done, left, failing, at risk; per task and per stage.
 
-    RUN defaults to the last run of this directory.
+    RUN defaults to the last run of this directory.  Exits with 1 if it ended incomplete,
+    with 0 if it is complete or goes on.
 
     \b
     Example:
@@ -52,7 +53,9 @@ def status(run: RunDir, watch: bool, as_json: bool) -> None:
 
     if watch:
         finish(_watch(run, as_json=as_json))
-    _show(read_status(run), as_json=as_json)
+    found = read_status(run)
+    _show(found, as_json=as_json)
+    finish(exit_code_of(found.state) if found.ended else 0)
 
 
 def _show(found: Status, *, as_json: bool) -> None:
@@ -65,7 +68,7 @@ def _show(found: Status, *, as_json: bool) -> None:
 def _watch(run: RunDir, *, as_json: bool) -> int:
     if sys.stdout.isatty() and not as_json:
         return _watch_terminal(run)
-    for found in _readings(run, pause_s=REDRAW_S if as_json else LOG_LINE_S):
+    for found in readings(run, pause_s=REDRAW_S if as_json else LOG_LINE_S):
         if as_json:
             emit_json(found.to_dict())
         else:
@@ -79,12 +82,12 @@ def _watch_terminal(run: RunDir) -> int:
     from rich.text import Text
 
     with Live(auto_refresh=False) as live:
-        for found in _readings(run, pause_s=REDRAW_S):
+        for found in readings(run, pause_s=REDRAW_S):
             live.update(Text("\n".join(status_lines(found))), refresh=True)
     return exit_code_of(found.state)
 
 
-def _readings(run: RunDir, *, pause_s: float) -> Iterator[Status]:
+def readings(run: RunDir, *, pause_s: float) -> Iterator[Status]:
     """Yield how the run stands until it has ended; the last one says how."""
     from hpcresume.observe.status import read_status
 

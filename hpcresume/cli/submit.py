@@ -350,21 +350,18 @@ def _submit(ready: Ready) -> Step:
 
 def _wait(ready: Ready) -> Step:
     """Wait for a run on Slurm by its files; Ctrl-C leaves the jobs running."""
+    from hpcresume.cli.status import readings
     from hpcresume.launch.drive import Step as DriveStep
     from hpcresume.launch.rounds import stand
-    from hpcresume.observe.status import read_status
 
     run, manifest = ready.prepared.run, ready.prepared.manifest
     said = 0.0
     try:
-        while True:
-            status = read_status(run)
-            if status.ended:
-                return DriveStep(status.state, stand(run, manifest, ready.resolved.settings))
+        for status in readings(run, pause_s=_WATCH_S):
             if time.monotonic() - said > _LOG_LINE_S:
                 said = time.monotonic()
                 say(_status_line(status), err=True)
-            time.sleep(_WATCH_S)
+        return DriveStep(status.state, stand(run, manifest, ready.resolved.settings))
     except KeyboardInterrupt:
         say("detached; the jobs run on", err=True)
         _say_next(ready)

@@ -48,6 +48,7 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_attempts: Positive
     max_rounds: Count
     max_no_progress_rounds: Positive
+    min_task_s: Annotated[float, Meta(ge=0, description="seconds, from 0")]
 
 
 class SyncSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,6 +103,7 @@ class MergeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cpus_per_task: Positive
     mem: Memory
     extra: list[RawOption]
+    patience_s: Seconds
 
 
 class Identify(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from hpcresume import slurm
 from hpcresume.config import Resolved, Settings, load_settings
-from hpcresume.errors import LocalStorageError, RunDirError, SlurmRefusedError
+from hpcresume.errors import InternalError, LocalStorageError, RunDirError, SlurmRefusedError
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
@@ -32,6 +34,7 @@ from hpcresume.launch.slurm_round import (
     cancelled_tasks,
     nodes_without_attempt,
     submit_round,
+    take_up,
 )
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
@@ -43,6 +46,10 @@ from hpcresume.task.recovery import recover_node
 from hpcresume.task.scratch import choose_local
 
 log = logging.getLogger(__name__)
+_TRIES = 5
+# Longer than it takes to submit a round; whoever holds the lock longer is stuck.
+_LOCK_S = 60.0
+_LOCK_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,36 @@ def finish_run(run: RunDir, standing: Standing, pipeline: Pipeline) -> None:
     mark_finished(run, standing)
 
 
+@contextlib.contextmanager
+def one_at_a_time(run: RunDir) -> Iterator[None]:
+    """Let one process of this node submit for a run at a time.
+
+    Two at once do no harm, but each would submit an array, and one of them for nothing.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"hpcresume-{os.getuid()}-{run.run_id}.lock")
+    lock = FileLock(path, timeout=_LOCK_S, poll_interval=_LOCK_POLL_S)
+    try:
+        lock.acquire()
+    except (Timeout, OSError) as error:
+        log.warning("%s: going on without the lock %s: %s", run.path, path, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def until_planned(step: Callable[[], Step]) -> Step:
+    """Return what a step leads to; it looks again where another process planned its round.
+
+    Raises:
+        InternalError: That happened too often to be true.
+    """
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileExistsError):
+            return step()
+    raise InternalError(f"{_TRIES} rounds in a row were planned by others")
+
+
 def merge_step(run: RunDir) -> Step:
     """Unite, decide, and submit the remainder as the next round on Slurm.
 
@@ -93,13 +130,24 @@ def merge_step(run: RunDir) -> Step:
     create, and the array is looked up by name before it is submitted.
 
     Raises:
-        RunDirError: The run was never submitted.
+        RunDirError: The run was never submitted, or not on Slurm.
         SlurmUnreachableError: The controller does not answer; run it again.
     """
+    with one_at_a_time(run):
+        return until_planned(lambda: _merge_once(run))
+
+
+def _merge_once(run: RunDir) -> Step:
     plan = newest_plan(run)
     if plan is None:
         raise RunDirError(
             f"{run.path} has no round yet. Nothing was submitted. Run: hpcresume submit PIPELINE",
+            path=run.path,
+        )
+    if plan.footer.launch.cluster != "slurm":
+        raise RunDirError(
+            f"{run.path} was last run on one machine, without Slurm. Nothing was submitted. "
+            f"To go on with it, run: hpcresume submit {run.path}",
             path=run.path,
         )
     # Code of the run is loaded below, and where others own it, it is theirs.
@@ -107,9 +155,13 @@ def merge_step(run: RunDir) -> Step:
     manifest, settings = Manifest.open(run), plan_settings(plan)
     round_ = plan.footer.round
     standing = settle(run, manifest, settings)
-    if standing.remainder and plan.footer.launch.cluster == "slurm" and not run.stop_requested():
-        if active_jobs(run, round_):
-            return Step("running", standing, round_)
+    if standing.remainder and not run.stop_requested():
+        active = active_jobs(run, round_)
+        if active:
+            job = take_up(run, plan, reload_settings(plan), active)
+            return Step("running", standing, round_, job)
+        # What its tasks published before they ended may have come since.
+        settle(run, manifest, settings, judge=True)
         standing = withhold(run, manifest, settings, cancelled_tasks(run, round_))
     if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
@@ -119,7 +171,7 @@ def merge_step(run: RunDir) -> Step:
         return Step("cancelled", standing)
     if standing.stopped:
         return Step("stopped", standing)
-    if run.job_records(round_) or run.tasks(round_):
+    if run.was_submitted(round_):
         round_ = next_round(run, manifest, standing, plan)
     # Otherwise this round was planned by a merge that died before it was submitted.
     plan = open_plan(run, round_)
@@ -150,12 +202,14 @@ def submit_planned(
             else:
                 return Step("submitted", standing, footer.round, job, tuple(notes))
         resolved, notes = learned.resolved, [*notes, learned.note]
+        run.close_round(footer.round)
         # Another merge may have planned it first.
         with contextlib.suppress(FileExistsError):
             plan_round(
                 run,
                 manifest,
                 standing,
+                after=plan,
                 settings=resolved.settings,
                 code=footer.code,
                 launch=footer.launch,
@@ -167,19 +221,19 @@ def submit_planned(
 def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) -> int:
     """Plan the next round with the settings of the last one, without the nodes that failed.
 
-    Returns:
-        Its number, also where another merge planned it first.
+    Raises:
+        FileExistsError: Another merge planned it first.
     """
-    with contextlib.suppress(FileExistsError):
-        return plan_round(
-            run,
-            manifest,
-            standing,
-            settings=without_bad_nodes(run, plan),
-            code=run.code_numbers()[-1],
-            launch=plan.footer.launch,
-        )
-    return run.rounds()[-1]
+    run.close_round(plan.footer.round)
+    return plan_round(
+        run,
+        manifest,
+        standing,
+        after=plan,
+        settings=without_bad_nodes(run, plan),
+        code=run.code_numbers()[-1],
+        launch=plan.footer.launch,
+    )
 
 
 def without_bad_nodes(run: RunDir, plan: Plan) -> Settings:
@@ -239,7 +293,7 @@ class LocalRun:
         by_hand = True
         while True:
             self._recover()
-            standing = settle(self.run, self.manifest, settings, by_hand=by_hand)
+            standing = settle(self.run, self.manifest, settings, judge=not by_hand)
             if not standing.remainder:
                 finish_run(self.run, standing, self.pipeline)
                 return Step("finished", standing)
@@ -269,6 +323,7 @@ class LocalRun:
             self.run,
             self.manifest,
             standing,
+            after=newest_plan(self.run),
             settings=self.resolved.settings,
             code=self.run.code_numbers()[-1],
             launch=self.launch,

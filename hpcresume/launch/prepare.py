@@ -8,6 +8,7 @@ by name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -41,6 +42,7 @@ from hpcresume.run.directory import (
     RunInfo,
     check_owner,
     fingerprint_changes,
+    is_foreign,
     probe_writable,
 )
 from hpcresume.run.manifest import (
@@ -113,10 +115,10 @@ def prepare(
 def _continue(path: Path) -> Prepared:
     run = _open(path)
     numbers = run.code_numbers()
-    if not numbers:
+    if not (numbers and run.part_numbers()):
         raise RunDirError(
-            f"{path} holds no code: its first submission did not get that far. "
-            "Submit the pipeline's file again with --run-dir.",
+            f"{path} holds no {'sources' if numbers else 'code'}: its first submission did not "
+            "get that far. Submit the pipeline's file again with --run-dir.",
             path=str(path),
         )
     loaded = load_snapshot(Path(run.code_path(numbers[-1])))
@@ -146,8 +148,7 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
         version=_version(),
         fingerprint=fingerprint(loaded.pipeline, loaded.params),
     )
-    existed = path.exists()
-    if existed and any(path.iterdir()) and not (path / "CACHEDIR.TAG").exists():
+    if path.exists() and is_foreign(str(path)):
         raise RunDirError(
             f"{path} exists and is not a run directory. Nothing is written into it. "
             "Give another one with --run-dir.",
@@ -167,8 +168,10 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
     try:
         return _fill(run, loaded)
     except HpcResumeError:
-        # Nothing has run: a corrected pipeline starts from a clean directory.
-        shutil.rmtree(path, ignore_errors=True)
+        # Nothing has run: a corrected pipeline starts from a clean directory, unless somebody
+        # else has created the run at the same time.
+        if run.run_id == info.run_id and not run.rounds():
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 
@@ -188,7 +191,7 @@ def _version() -> str:
 
 def _resubmit(path: Path, loaded: LoadedPipeline, *, accept_changes: bool) -> Prepared:
     run, notes = _open(path), list[str]()
-    if not run.code_numbers():
+    if not (run.code_numbers() and run.part_numbers()):
         return _fill(run, loaded)
     changes = _refused_changes(run, loaded)
     if changes and not accept_changes:
@@ -201,7 +204,11 @@ def _resubmit(path: Path, loaded: LoadedPipeline, *, accept_changes: bool) -> Pr
         )
     notes += [f"accepted: {change}" for change in changes]
     manifest = Manifest.open(run)
-    added = _list_again(run, manifest, loaded.pipeline, accept_changes=accept_changes)
+    try:
+        added = _list_again(run, manifest, loaded.pipeline, accept_changes=accept_changes)
+    except FileExistsError:
+        # Somebody else submits at the same time, and has added to the manifest.
+        return _resubmit(path, loaded, accept_changes=accept_changes)
     current = fingerprint(loaded.pipeline, loaded.params)
     if current != run.fingerprint():
         run.accept_fingerprint(current)
@@ -235,7 +242,13 @@ def _take_code(run: RunDir, loaded: LoadedPipeline, notes: list[str]) -> int:
                 return numbers[-1]
             notes.append(f"new code: {', '.join(changed) or 'parameters'}")
         number = numbers[-1] + 1 if numbers else 1
-        os.rename(temporary, run.code_path(number))
+        try:
+            os.rename(temporary, run.code_path(number))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Somebody else submits at the same time, and has taken the number.
+            return _take_code(run, loaded, notes)
         POSIX.sync_directory(run.join("code"))
     except OSError as error:
         raise SharedStorageError(
@@ -270,10 +283,14 @@ def _list_first(run: RunDir, pipeline: Pipeline) -> None:
     if numbers:
         return
     sources = pipeline.sources
-    if isinstance(sources, Indexed):
-        write_indexed_part(run, 1, first=0, count=len(sources))
+    try:
+        if isinstance(sources, Indexed):
+            write_indexed_part(run, 1, first=0, count=len(sources))
+            return
+        write_part(run, 1, first=0, listing=Listing(_encoded(pipeline)))
+    except FileExistsError:
+        # Somebody else submits at the same time.  Where two listings differ, the next one tells.
         return
-    write_part(run, 1, first=0, listing=Listing(_encoded(pipeline)))
     try:
         refuse_duplicates(Manifest.open(run))
     except HpcResumeError:

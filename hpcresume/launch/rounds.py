@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
 import secrets
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +18,17 @@ from pyroaring import BitMap
 
 from hpcresume.config.settings import Settings
 from hpcresume.errors import InternalError
+from hpcresume.failpoints import failpoint
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
 from hpcresume.launch.packing import capacity
-from hpcresume.merge.generation import Union, load_newest, read_union, write_generation
+from hpcresume.merge.generation import (
+    Union,
+    load_newest,
+    newest_footer,
+    read_union,
+    write_generation,
+)
 from hpcresume.merge.plan import (
     Launch,
     Plan,
@@ -35,6 +45,7 @@ from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.segment import NEEDS_LONGER
 
 _TRIES = 5
+_SAMPLE = 1000
 _BROKEN_ROUNDS = 2
 _NAMED = 3
 
@@ -68,17 +79,15 @@ def stand(run: RunDir, manifest: Manifest, settings: Settings) -> Standing:
     return Standing(union, left - union.withheld, len(owed))
 
 
-def settle(
-    run: RunDir, manifest: Manifest, settings: Settings, *, by_hand: bool = False
-) -> Standing:
+def settle(run: RunDir, manifest: Manifest, settings: Settings, *, judge: bool = False) -> Standing:
     """Unite what has been published into a new generation, where there is anything new.
 
     Args:
         run: The run.
         manifest: Its sources.
         settings: Settings of the run.
-        by_hand: Somebody has just asked to go on, so what stopped the run before is no
-            reason now: at least one more round is planned.
+        judge: The newest round has ended and nobody has asked to go on, so a run that gets
+            nowhere is stopped.  While a round is at work nothing can be said against it.
 
     Raises:
         SharedStorageError: The file system refused.
@@ -88,7 +97,7 @@ def settle(
         union = standing.union
         stopped, finished = union.stopped, union.finished
         union.finished = finished and not standing.remainder and not union.withheld
-        if not (union.stopped or union.finished or by_hand):
+        if judge and not (union.stopped or union.finished):
             union.stopped = why_stopped(run, standing, settings)
         if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
             return standing
@@ -242,6 +251,7 @@ def plan_round(
     manifest: Manifest,
     standing: Standing,
     *,
+    after: Plan | None,
     settings: Settings,
     code: int,
     launch: Launch,
@@ -252,7 +262,9 @@ def plan_round(
     Args:
         run: The run.
         manifest: Its sources.
-        standing: How it stands.
+        standing: How it stands; read after the round before was seen to have ended.
+        after: The plan of that round, None for the first.  Whoever plans a round from what
+            another one has overtaken finds the number taken.
         settings: Settings of the round.
         code: Number of the code snapshot to run.
         launch: How the user asked for it to be launched.
@@ -261,12 +273,13 @@ def plan_round(
     Raises:
         FileExistsError: Another process planned this round.
     """
-    rounds = run.rounds()
-    number = RoundIndex(rounds[-1] + 1 if rounds else 0)
+    number = RoundIndex(after.footer.round + 1 if after else 0)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
     most = min(launch.array, at_most)
     if launch.cluster == "slurm":
         most = min(most, capacity(settings.site))
+    needed = tasks_needed(run, standing, weight_of, min_task_s=settings.run.min_task_s)
+    most = most if needed is None else min(most, needed)
     dealt = deal(standing.remainder, most, weight_of)
     union = standing.union
     shards = make_shards(dealt, union.attempts(), union.open_suspects(), union.interrupted())
@@ -282,6 +295,64 @@ def plan_round(
     )
     write_plan(run, footer, shards)
     return number
+
+
+def tasks_needed(
+    run: RunDir,
+    standing: Standing,
+    weight_of: Callable[[int], float] | None,
+    *,
+    min_task_s: float,
+) -> int | None:
+    """Return how many array tasks the remainder keeps busy, as far as has been measured.
+
+    An array task costs a place in the queue and the start of Ray, so a few quick sources are
+    not worth one each.  What a source takes is told by the newest round that completed any:
+    the remainder of a run may be other than what came first.  One that a time limit has
+    interrupted takes longer than it ran until then.
+
+    Args:
+        run: The run.
+        standing: How it stands.
+        weight_of: Expected cost of a source; None where all cost the same.
+        min_task_s: Seconds of work that are worth an array task; 0: any are.
+
+    Returns:
+        None where nothing is known of the cost.
+    """
+    if not min_task_s:
+        return None
+    for round_ in reversed(run.rounds()):
+        progress = [
+            footer.progress
+            for task in run.tasks(round_)
+            for ref in run.attempts(round_, task)
+            if (footer := newest_footer(run, ref))
+        ]
+        completed = sum(one.completed for one in progress)
+        if not completed:
+            continue
+        won = (won for (writer, _), won in standing.union.won.items() if writer.round == round_)
+        done = _mean_weight(bitmaps.union(won), weight_of)
+        if done <= 0:
+            return None
+        per_weight_s = sum(one.elapsed_s for one in progress) / completed / done
+        ran = standing.union.interrupted()
+        slow = BitMap(ran) & standing.remainder
+        quick = standing.remainder - slow
+        quick_s = len(quick) * _mean_weight(quick, weight_of) * per_weight_s
+        slow_s = sum(NEEDS_LONGER * ran[source] for source in slow)
+        return max(1, math.ceil((quick_s + slow_s) / min_task_s))
+    return None
+
+
+def _mean_weight(sources: BitMap, weight_of: Callable[[int], float] | None) -> float:
+    """Return the mean weight of sources, from some of them where they are many."""
+    if weight_of is None:
+        return 1.0
+    step = max(1, len(sources) // _SAMPLE)
+    weights = [weight_of(sources[at]) for at in range(0, len(sources), step)]
+    return sum(weights) / len(weights) if weights else 0.0
 
 
 def newest_plan(run: RunDir) -> Plan | None:
@@ -314,10 +385,15 @@ def run_finish(run: RunDir, pipeline: Pipeline) -> None:
             for name in files:
                 _sync_file(os.path.join(directory, name))
             POSIX.sync_directory(directory)
-        # Another merge that came first has published the same.
-        with contextlib.suppress(FileExistsError):
+        failpoint("finish.before_rename")
+        try:
             os.rename(temporary, target)
+        except OSError as error:
+            # Another merge that came first has published the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         POSIX.sync_directory(run.path)
+        failpoint("finish.after_rename")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,13 +13,25 @@ from hpcresume import slurm
 from hpcresume.config import Resolved, load_settings
 from hpcresume.config.env_file import read_env_file
 from hpcresume.engine.groups import make_groups
-from hpcresume.errors import HpcResumeError, SlurmMissingError, UsageError
-from hpcresume.launch.drive import LocalRun, Step, finish_run, submit_planned
+from hpcresume.errors import (
+    SlurmMissingError,
+    SlurmRefusedError,
+    SlurmUnreachableError,
+    UsageError,
+)
+from hpcresume.launch.drive import (
+    LocalRun,
+    Step,
+    finish_run,
+    one_at_a_time,
+    submit_planned,
+    until_planned,
+)
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
-from hpcresume.launch.slurm_round import active_jobs, submit_round
+from hpcresume.launch.slurm_round import active_jobs, take_up
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
@@ -134,8 +145,14 @@ def resolve(submission: Submission, cluster: str) -> Resolved:
     start = (submission.cwd / start).parent if start.suffix == ".py" else submission.cwd
     config: dict[str, str] = {}
     if cluster == "slurm":
-        with contextlib.suppress(HpcResumeError):
+        try:
             config = slurm.config()
+        except (SlurmMissingError, SlurmRefusedError):
+            config = {}
+        except SlurmUnreachableError:
+            # It would be the wrong site's settings.
+            if submission.site is None:
+                raise
     resolved = load_settings(
         site=submission.site,
         start_dir=start,
@@ -202,20 +219,31 @@ def submit_to_slurm(ready: Ready) -> Step:
     Raises:
         SlurmUnreachableError, SlurmRefusedError: Nothing is lost; submit again.
     """
+    with one_at_a_time(ready.prepared.run):
+        return until_planned(lambda: _submit_once(ready))
+
+
+def _submit_once(ready: Ready) -> Step:
     run, manifest = ready.prepared.run, ready.prepared.manifest
     settings = ready.resolved.settings
-    standing = settle(run, manifest, settings, by_hand=True)
+    last = newest_plan(run)
+    standing = settle(run, manifest, settings)
     if not standing.remainder:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
-    last = newest_plan(run)
-    if last is not None and active_jobs(run, last.footer.round):
-        job = submit_round(run, last, ready.resolved)
-        return Step("running", standing, last.footer.round, job)
+    if last is not None:
+        active = active_jobs(run, last.footer.round)
+        if active:
+            job = take_up(run, last, ready.resolved, active)
+            return Step("running", standing, last.footer.round, job)
+        run.close_round(last.footer.round)
+        # What its tasks published before they ended may have come since.
+        standing = settle(run, manifest, settings)
     round_ = plan_round(
         run,
         manifest,
         standing,
+        after=last,
         settings=settings,
         code=ready.prepared.code,
         launch=ready.launch,

@@ -29,7 +29,7 @@ from hpcresume.segment.container import (
     encode_container,
     open_container,
 )
-from hpcresume.segment.segment import Failure, Segment, Writer, open_segment
+from hpcresume.segment.segment import Failure, Segment, SegmentFooter, Writer, open_segment
 
 KIND = b"GENR"
 log = logging.getLogger(__name__)
@@ -244,6 +244,17 @@ def read_task_union(run: RunDir, round_: int, task: int, *, max_attempts: int) -
             except CorruptDataError as error:
                 log.warning("%s", error)
     return union
+
+
+def newest_footer(run: RunDir, ref: AttemptRef) -> SegmentFooter | None:
+    """Return what an attempt's newest whole segment says; None where it has none."""
+    for name in reversed(run.segments(ref)):
+        try:
+            return open_segment(run.fs, run.segment_path(name), run_id=run.run_id).footer
+        except (CorruptDataError, OSError):
+            # The merge step reports it; the one before tells nearly as much.
+            continue
+    return None
 
 
 def relative_name(run: RunDir, name: SegmentName) -> str:

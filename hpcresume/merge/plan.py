@@ -120,6 +120,21 @@ class Plan:
             ) from error
 
 
+def array_name(run: RunDir, round_: int) -> str:
+    """Return the name of a round's job array in Slurm, unique to run and round."""
+    return f"hpcresume-{run.run_id}-{round_}"
+
+
+def merge_name(run: RunDir, round_: int) -> str:
+    """Return the name of a round's merge jobs in Slurm."""
+    return f"{array_name(run, round_)}-merge"
+
+
+def twin_name(run: RunDir, round_: int) -> str:
+    """Return the name of the jobs that run when a merge job of the round dies."""
+    return f"{array_name(run, round_)}-twin"
+
+
 def open_plan(run: RunDir, round_: int) -> Plan:
     """Open a round's plan; reads its footer only.
 

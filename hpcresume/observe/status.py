@@ -7,6 +7,7 @@ rules.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,34 +15,19 @@ from typing import Any
 import msgspec
 
 from hpcresume import slurm
-from hpcresume.errors import CorruptDataError, HpcResumeError
-from hpcresume.merge.generation import Union, read_union
-from hpcresume.merge.plan import PlanFooter, open_plan
+from hpcresume.errors import HpcResumeError, SlurmUnreachableError
+from hpcresume.merge.generation import Union, newest_footer, read_union
+from hpcresume.merge.plan import PlanFooter, array_name, merge_name, open_plan, twin_name
 from hpcresume.observe.liveness import is_gone, submitter_runs
 from hpcresume.run.directory import AttemptInfo, AttemptRef, JobRecord, Outcome, RunDir
 from hpcresume.run.manifest import Manifest
-from hpcresume.segment.segment import SegmentFooter, StageCount, Writer, open_segment
+from hpcresume.segment.segment import SegmentFooter, StageCount, Writer
 
 SCHEMA = 1
 ENDED_STATES = frozenset({"complete", "incomplete", "interrupted", "stopped", "cancelled"})
 """States in which nothing more happens by itself."""
 _MAX_ATTEMPTS = 3
 _SQUEUE_TIMEOUT_S = 10.0
-_ENDED_JOB_STATES = frozenset(
-    (
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "SPECIAL_EXIT",
-        "TIMEOUT",
-    )
-)
 
 
 class SourceCounts(msgspec.Struct):
@@ -162,24 +148,49 @@ class _Attempt:
 
 @dataclass
 class _Round:
-    """A round as its files and the queue tell."""
+    """A round as its files and the queue tell.
+
+    Attributes:
+        waiting: Whether something of it is still to run, or to go on.
+        unmerged: Whether its tasks are in Slurm's queue and no merge job is.
+    """
 
     number: int
     plan: PlanFooter
     jobs: list[JobRecord]
+    owner: str | None
     attempts: list[_Attempt]
     waiting: bool = False
+    unmerged: bool = False
 
     @property
     def live(self) -> list[_Attempt]:
         return [a for a in self.attempts if a.state == "running"]
 
+    @property
+    def on_slurm(self) -> bool:
+        return self.plan.launch.cluster == "slurm"
+
+    @property
+    def merges_itself(self) -> bool:
+        """Whether the site lets merge jobs submit the next round."""
+        return bool(self.plan.settings.get("site", {}).get("submit_from_compute", True))
+
 
 @dataclass
 class _Queue:
-    """What squeue said: jobs that have not ended; ``unasked`` says why it was not asked."""
+    """What squeue said of jobs that have not ended.
 
-    entries: list[slurm.QueueEntry] = field(default_factory=list)
+    Attributes:
+        tasks: The newest round's array.
+        merges: Its merge jobs and their twins.
+        planners: Those of the round before, which planned it and may not have submitted it yet.
+        unasked: Why squeue was not asked.
+    """
+
+    tasks: list[slurm.QueueEntry] = field(default_factory=list)
+    merges: list[slurm.QueueEntry] = field(default_factory=list)
+    planners: list[slurm.QueueEntry] = field(default_factory=list)
     unasked: str = ""
 
 
@@ -197,7 +208,7 @@ def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
     settings = rounds[-1].plan.settings if rounds else {}
     max_attempts = settings.get("run", {}).get("max_attempts", _MAX_ATTEMPTS)
     union = read_union(run, max_attempts=max_attempts)
-    unasked = _look_for_life(rounds[-1], ask_slurm=ask_slurm) if rounds else ""
+    unasked = _look_for_life(run, rounds[-1], ask_slurm=ask_slurm) if rounds else ""
     sources = _count_sources(run, union, rounds)
     allowed = run.tolerated(sources.total)
     state, reason = _state_of(run, union, rounds, sources, allowed)
@@ -226,63 +237,68 @@ def _read_round(run: RunDir, number: int) -> _Round:
     attempts = [
         _read_attempt(run, ref) for t in run.tasks(number) for ref in run.attempts(number, t)
     ]
-    return _Round(number, plan, run.job_records(number), attempts)
+    return _Round(number, plan, run.job_records(number), run.round_owner(number), attempts)
 
 
 def _read_attempt(run: RunDir, ref: AttemptRef) -> _Attempt:
-    return _Attempt(ref, run.attempt_info(ref), run.outcome(ref), _newest_footer(run, ref))
+    return _Attempt(ref, run.attempt_info(ref), run.outcome(ref), newest_footer(run, ref))
 
 
-def _newest_footer(run: RunDir, ref: AttemptRef) -> SegmentFooter | None:
-    for name in reversed(run.segments(ref)):
-        try:
-            return open_segment(run.fs, run.segment_path(name), run_id=run.run_id).footer
-        except (CorruptDataError, OSError):
-            # The merge step reports it; here the one before tells nearly as much.
-            continue
-    return None
-
-
-def _look_for_life(newest: _Round, *, ask_slurm: bool) -> str:
+def _look_for_life(run: RunDir, newest: _Round, *, ask_slurm: bool) -> str:
     """Find out which attempts of the newest round run; return what could not be asked."""
-    arrays = [job for job in newest.jobs if job.cluster == "slurm"]
-    queue = _ask_queue(arrays, ask_slurm=ask_slurm) if arrays else _Queue()
+    queue = _ask_queue(run, newest.number, ask_slurm=ask_slurm) if newest.on_slurm else None
     newest_of = {a.ref.task: a for a in newest.attempts}
     for attempt in newest.attempts:
         if attempt.outcome is None and attempt is newest_of[attempt.ref.task]:
-            attempt.alive = _is_alive(attempt, arrays, queue)
-    unseen = {a.info.host for a in newest.attempts if a.alive is None and a.info is not None}
-    if arrays:
-        newest.waiting = bool(queue.unasked or queue.entries)
+            attempt.alive = _is_alive(attempt, queue)
+    if queue is not None:
+        # Where Slurm was not asked, a first round that was never submitted still does not wait.
+        in_doubt = bool(queue.unasked and (newest.number or newest.jobs or newest.attempts))
+        newest.waiting = bool(in_doubt or queue.tasks or queue.merges or queue.planners)
+        newest.unmerged = bool(newest.merges_itself and queue.tasks and not queue.merges)
         return queue.unasked
+    unseen = {a.info.host for a in newest.attempts if a.alive is None and a.info is not None}
     drives = [submitter_runs(job) for job in newest.jobs]
     newest.waiting = any(drives) or (None in drives and not newest.attempts)
     return f"whether processes on {', '.join(sorted(unseen))} still run" if unseen else ""
 
 
-def _ask_queue(jobs: list[JobRecord], *, ask_slurm: bool) -> _Queue:
-    ids = [job_id for job in jobs for job_id in (job.array, job.merge, job.twin) if job_id]
+def _ask_queue(run: RunDir, round_: int, *, ask_slurm: bool) -> _Queue:
+    """Ask for the round's jobs by name, as an sbatch whose answer was lost left no record."""
     if not ask_slurm:
         return _Queue(unasked="Slurm's queue: not asked on request")
+    array, merges = array_name(run, round_), [merge_name(run, round_), twin_name(run, round_)]
+    planners = [merge_name(run, round_ - 1), twin_name(run, round_ - 1)] if round_ else []
     try:
-        entries = slurm.queue(ids, timeout_s=_SQUEUE_TIMEOUT_S)
+        entries = slurm.queue(
+            name=",".join([array, *merges, *planners]),
+            user=os.stat(run.path).st_uid,
+            timeout_s=_SQUEUE_TIMEOUT_S,
+        )
+    except SlurmUnreachableError as error:
+        complaint = error.fields.get("stderr", error)
+        return _Queue(unasked=f"Slurm's queue; Slurm did not answer: {complaint}")
     except HpcResumeError as error:
         return _Queue(unasked=f"Slurm's queue: {error}")
-    return _Queue([entry for entry in entries if entry.state not in _ENDED_JOB_STATES])
+    to_come = [entry for entry in entries if not (entry.ended or entry.waits_in_vain)]
+    return _Queue(
+        tasks=[entry for entry in to_come if entry.name == array],
+        merges=[entry for entry in to_come if entry.name in merges],
+        planners=[entry for entry in to_come if entry.name in planners],
+    )
 
 
-def _is_alive(attempt: _Attempt, arrays: list[JobRecord], queue: _Queue) -> bool | None:
-    if not arrays:
+def _is_alive(attempt: _Attempt, queue: _Queue | None) -> bool | None:
+    if queue is None:
         gone = is_gone(attempt.info) if attempt.info is not None else True
         return None if gone is None else not gone
     if queue.unasked:
         return None
-    ids = {job.array for job in arrays}
+    job = attempt.info.job_id if attempt.info is not None else None
     return any(
-        entry.array_job_id in ids
-        and entry.array_task in (attempt.ref.task, None)
+        (entry.job_id == job if job else entry.array_task in (attempt.ref.task, None))
         and entry.state != "PENDING"
-        for entry in queue.entries
+        for entry in queue.tasks
     )
 
 
@@ -305,7 +321,7 @@ def _state_of(
         return ("interrupted" if text.startswith("interrupted") else "stopped"), text
     if newest is None:
         return "planned", "no round was planned yet"
-    return _unfinished(newest, sources)
+    return _unfinished(run, newest, sources)
 
 
 def _finished(sources: SourceCounts, allowed: int) -> tuple[str, str]:
@@ -317,19 +333,31 @@ def _finished(sources: SourceCounts, allowed: int) -> tuple[str, str]:
     )
 
 
-def _unfinished(newest: _Round, sources: SourceCounts) -> tuple[str, str]:
+def _unfinished(run: RunDir, newest: _Round, sources: SourceCounts) -> tuple[str, str]:
+    go_on = f"to go on: hpcresume {_command(newest)}".replace("RUN", run.path)
+    unmerged = f"no merge job is to follow round {newest.number}; {go_on}"
     if newest.live:
         note = next((a.footer.progress.note for a in newest.live if a.footer), "")
-        return "running", note
+        return "running", unmerged if newest.unmerged else note
     if newest.waiting:
+        if newest.unmerged:
+            return "waiting", unmerged
         if newest.attempts:
             return "waiting", f"for the merge or restarted tasks of round {newest.number}"
         return "waiting", f"for the tasks of round {newest.number} to start"
-    if not newest.jobs and not newest.attempts:
-        return "planned", f"round {newest.number} is planned and not submitted"
+    planned_by_a_merge = newest.on_slurm and newest.number > 0
+    if not (planned_by_a_merge or newest.jobs or newest.attempts):
+        return "planned", f"nothing shows that round {newest.number} was submitted; {go_on}"
     if sources.remaining == 0:
-        return "interrupted", "all its sources are settled, but no merge has ended the run"
-    return "interrupted", f"nothing of it runs and {sources.remaining} sources remain"
+        return "interrupted", f"all its sources are settled, but nothing has ended it; {go_on}"
+    return "interrupted", f"nothing of it runs and {sources.remaining} sources remain; {go_on}"
+
+
+def _command(newest: _Round) -> str:
+    """Return the command that goes on with a run of which nothing runs."""
+    if not newest.on_slurm:
+        return "submit RUN"
+    return "merge RUN --requeue" if newest.merges_itself else "drive RUN"
 
 
 def _count_sources(run: RunDir, union: Union, rounds: list[_Round]) -> SourceCounts:
@@ -356,8 +384,9 @@ def _at_risk(attempt: _Attempt, union: Union) -> int:
 
 
 def _round_status(round_: _Round, *, is_newest: bool) -> RoundStatus:
-    arrays = (job.array for job in reversed(round_.jobs) if job.cluster == "slurm")
-    job_id = next(arrays, "")
+    arrays = [job.array for job in round_.jobs if job.cluster == "slurm"]
+    # Of several submissions of one round the one that works on it counts.
+    job_id = round_.owner if round_.owner in arrays else (arrays or [""])[-1]
     if round_.live:
         state = "running"
     elif is_newest and round_.waiting:

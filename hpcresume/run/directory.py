@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from hpcresume.errors import CorruptDataError, HpcResumeError, RunDirError, SharedStorageError
-from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, list_names, publish
+from hpcresume.fs import (
+    POSIX,
+    TEMPORARY_PREFIX,
+    FileSystem,
+    Receipt,
+    ensure_directory,
+    list_names,
+    publish,
+)
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.segment.container import DECODE_ERRORS
 
@@ -46,6 +55,7 @@ TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# hpcresume run directory: hpcresume status DIR, hpcresume clean DIR\n"
 )
+_PROBE_PREFIX = ".probe-"
 _ATTEMPT = re.compile(r"e(\d+)")
 _SEGMENT = re.compile(r"seg-(\d+)-[0-9a-f]{16}")
 _GENERATION = re.compile(r"gen-(\d+)")
@@ -53,6 +63,9 @@ _PART = re.compile(r"part-(\d+)")
 _MARK = re.compile(r"(\d+)-(stop|resume)")
 _NUMBER = re.compile(r"(\d+)")
 _ACCEPTED = re.compile(r"accepted-(\d+)")
+
+CLOSED = "a later round"
+"""Who owns a round that no job array claimed before the next one was planned."""
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -192,9 +205,10 @@ class RunDir:
         """
         try:
             ensure_directory(fs, path)
+            # First: it tells a run that is being created from somebody's own directory.
+            _publish_new(fs, os.path.join(path, TAG_NAME), TAG)
             for name in ("code", "manifest", "rounds", "merge", "control"):
                 ensure_directory(fs, os.path.join(path, name))
-            _publish_new(fs, os.path.join(path, TAG_NAME), TAG)
             _publish_new(fs, os.path.join(path, "run.json"), msgspec.json.encode(info))
         except (OSError, SharedStorageError) as error:
             raise RunDirError(
@@ -434,6 +448,26 @@ class RunDir:
             return self.fs.read(path).decode()
         return owner
 
+    def round_owner(self, round_: int) -> str | None:
+        """Return who claimed a round, None where nobody has."""
+        try:
+            return self.fs.read(self.round_path(round_, "claim")).decode()
+        except FileNotFoundError:
+            return None
+
+    def was_submitted(self, round_: int) -> bool:
+        """Tell whether anything shows that a planned round was submitted or replaced."""
+        return bool(
+            self.job_records(round_) or self.tasks(round_) or self.round_owner(round_) is not None
+        )
+
+    def close_round(self, round_: int) -> None:
+        """Claim a round that nobody claimed: an array of it that appears late ends at once.
+
+        A lost sbatch may take effect after its round has been dealt anew.
+        """
+        self.claim_round(round_, CLOSED)
+
     def marks(self) -> list[tuple[int, str]]:
         """Return the stop and resume marks, oldest first."""
         names = list_names(self.fs, self.join("control"))
@@ -453,7 +487,9 @@ class RunDir:
         number, newest = self._newest_mark()
         if newest != kind:
             path = self._mark_path(number + 1, kind)
-            publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
+            # Somebody else has said the same just now.
+            with contextlib.suppress(FileExistsError):
+                publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
 
     def _newest_mark(self) -> tuple[int, str]:
         marks = self.marks()
@@ -498,13 +534,21 @@ def check_owner(path: str | Path) -> None:
         )
 
 
+def is_foreign(path: str) -> bool:
+    """Tell whether a directory holds something and neither is nor becomes a run directory."""
+    names = [
+        name for name in os.listdir(path) if not name.startswith((TEMPORARY_PREFIX, _PROBE_PREFIX))
+    ]
+    return bool(names) and not os.path.exists(os.path.join(path, TAG_NAME))
+
+
 def probe_writable(path: str) -> None:
     """Judge a directory by a write, fsync and rename, as modes alone do not tell.
 
     Raises:
         RunDirError: One of them was refused.
     """
-    probe = os.path.join(path, f".probe-{os.getpid()}")
+    probe = os.path.join(path, f"{_PROBE_PREFIX}{secrets.token_hex(4)}")
     try:
         publish(POSIX, probe, [b"probe"], label="probe")
         os.unlink(probe)

@@ -196,7 +196,7 @@ class Supervisor:
             return 0
         owner = self._claim()
         if owner is not None:
-            say(f"round {self._round} belongs to job array {owner}; nothing is started")
+            say(f"round {self._round} belongs to {owner}, not to this job; nothing is started")
             return 0
         if not self._work():
             say("nothing is left of this shard")

@@ -393,7 +393,7 @@ def test_no_slurm_here(desk: Desk) -> None:
 
 
 def test_slurm_does_not_answer(desk: Desk) -> None:
-    """A controller that does not answer ends the command; the run is there and nothing runs."""
+    """Without the cluster's name the site is not known: nothing is made, by no other settings."""
     desk.write("p.py", GOOD)
     env = fake_slurm(
         desk.path / "bin",
@@ -404,7 +404,8 @@ def test_slurm_does_not_answer(desk: Desk) -> None:
     )
 
     ended = desk.call("submit", "p.py", "--cluster", "slurm", "--run-dir", "run", env=env)
-    check(ended, 31, "Slurm did not answer `squeue", "Unable to contact slurm controller")
+    check(ended, 31, "Slurm did not answer `scontrol", "Unable to contact slurm controller")
+    assert not (desk.path / "run").exists()
     check(desk.submit("p.py", "--run-dir", "run"), 0, "complete")
 
 

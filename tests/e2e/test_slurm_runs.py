@@ -193,32 +193,6 @@ def test_node_failure_with_a_zombie(slurm_cluster: SlurmCluster, frozen: bool) -
     assert fan_result() == collected(command, run)
 
 
-def test_drive_where_jobs_may_not_submit(slurm_cluster: SlurmCluster) -> None:
-    """
-    Where compute nodes may not submit there is no merge job, and `drive` takes a run whose
-    first round lost a task to its end.
-    """
-    directory = slurm_cluster.folder("drive")
-    write_fan(directory)
-    site = {"HPCRESUME_SITE__SUBMIT_FROM_COMPUTE": "false"}
-    fault = {"HPCRESUME_TESTING": "1", "HPCRESUME_FAILPOINTS": "supervisor.before_driver=kill"}
-    run = directory / "run"
-    Command(directory, {**slurm_cluster.env, **site, **fault}).run(
-        *("submit", "fan.py", "--run-dir", "run", "--array", "2", "-c", "1", "-P", "ms=0"),
-        *("--engine", "inline", "--local-dir", str(slurm_cluster.scratch)),
-    )
-    command = Command(directory, slurm_cluster.env)
-    array = command.status(run)["rounds"][0]["job_id"]
-    slurm_cluster.wait_ended(array)
-
-    command.run("drive", str(run), "--interval", "1")
-
-    status = command.status(run)
-    assert ("complete", 2) == (status["state"], len(status["rounds"]))
-    assert [] == list(run.glob("rounds/*/logs/merge*"))
-    assert fan_result() == collected(command, run)
-
-
 HUNGRY = '''
 import hpcresume as hr
 

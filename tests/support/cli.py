@@ -75,7 +75,7 @@ class Command:
 
     def status(self, run: Path) -> dict[str, Any]:
         """Return ``status --json`` of a run."""
-        return self.json("status", str(run))
+        return self.json("status", str(run), rc=None)
 
     def wait_ended(self, run: Path, *, timeout_s: float = 240) -> dict[str, Any]:
         """Wait for a run's end and return its status."""

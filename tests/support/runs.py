@@ -58,12 +58,20 @@ class MadeRun:
         """Path of the run directory, as the command line takes it."""
         return self.run.path
 
-    def plan(self, *, round_: int = 0, tasks: int = 1, generation: int = 0) -> None:
+    def plan(
+        self,
+        *,
+        round_: int = 0,
+        tasks: int = 1,
+        generation: int = 0,
+        cluster: str = "local",
+        site: Mapping[str, Any] | None = None,
+    ) -> None:
         """Plan a round over what is left."""
         left = bitmaps.span(0, len(self.ids)) - self.union().settled()
         shards = make_shards(deal(left, tasks), {}, [])
-        settings = {"run": {"max_attempts": self.max_attempts}}
-        launch = Launch(cluster="local", array=len(shards))
+        settings = {"run": {"max_attempts": self.max_attempts}, "site": dict(site or {})}
+        launch = Launch(cluster=cluster, array=len(shards))
         footer = PlanFooter(
             self.run.run_id, round_, generation, 1, len(left), len(shards), settings, launch
         )
@@ -84,6 +92,7 @@ class MadeRun:
         pid: int | None = None,
         started_at: str = "",
         array_job_id: str | None = None,
+        job_id: str | None = None,
     ) -> AttemptRef:
         """Start an attempt; by default its process is this one."""
         ref = self.run.allocate_attempt(round_, task)
@@ -95,6 +104,7 @@ class MadeRun:
             started_at=started_at,
             cpus=1,
             array_job_id=array_job_id,
+            job_id=job_id,
         )
         self.run.write_record(self.run.attempt_path(ref, "attempt.json"), info, label="record")
         return ref

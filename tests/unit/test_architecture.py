@@ -60,8 +60,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
 """Module -> the only places that import it."""
 
 SLEEPERS = {
+    "cli/merge.py": "a controller that does not answer says nothing when it is back",
     "cli/drive.py": "asks Slurm at intervals until the run ends",
-    "cli/submit.py": "redraws the progress bar at intervals",
     "doctor/across.py": "when another node's file becomes visible has no event",
     "engine/pool.py": "with nothing under way there is nothing to wait for",
     "engine/ray_pool.py": "with nothing under way there is nothing to wait for",

@@ -243,12 +243,34 @@ def test_cancel_of_nothing_asks_nothing(tool) -> None:
 
 def test_queue_reads_elements_and_names_with_separators(tool) -> None:
     """Each element is an entry; the name may hold the separator."""
-    tool("squeue", "echo '9_4|9|4|RUNNING|n3|None|a|b'; echo '7|7|N/A|PENDING||Resources|c'")
+    running = "9_4|9|4|RUNNING|n3|None|(null)|a|b"
+    pending = "7|7|N/A|PENDING||Dependency|afterany:9_*(unfulfilled)|c"
+    tool("squeue", f"echo '{running}'; echo '{pending}'")
+    after = "afterany:9_*(unfulfilled)"
 
     assert [
         slurm.QueueEntry(slurm.JobId("9_4"), "9", 4, "a|b", "RUNNING", None, "n3"),
-        slurm.QueueEntry(slurm.JobId("7"), "7", None, "c", "PENDING", "Resources", None),
+        slurm.QueueEntry(slurm.JobId("7"), "7", None, "c", "PENDING", "Dependency", None, after),
     ] == slurm.queue(["9", "7"])
+
+
+@pytest.mark.parametrize(
+    ("dependency", "waits"),
+    [
+        ("afternotok:12(unfulfilled)", True),
+        ("afterany:7_*(unfulfilled),afterany:12_*(unfulfilled)", True),
+        ("afternotok:112(unfulfilled)", False),
+        ("afternotok:123(unfulfilled)", False),
+        (None, False),
+    ],
+)
+def test_what_a_job_waits_for(dependency: str | None, waits: bool) -> None:
+    """The id of a job counts as a whole, not as a part of another's."""
+    entry = slurm.QueueEntry(
+        slurm.JobId("13"), "13", None, "twin", "PENDING", "Dependency", None, dependency
+    )
+
+    assert waits == entry.waits_for("12")
 
 
 def test_queue_asks_for_all_states_once(tool, tmp_path: Path) -> None:

@@ -352,6 +352,19 @@ def test_clean_removes_garbage_only_when_told_to(tmp_path, hpcresume):
     assert [0] == list(made.union().completed)
 
 
+def test_clean_removes_what_a_killed_finish_left(tmp_path, hpcresume):
+    """A directory that was never given its name goes with all it holds."""
+    made, garbage = ended_run(tmp_path)
+    os.unlink(garbage)
+    half = tmp_path / "run" / ".tmp-finish-1234"
+    half.mkdir()
+    (half / "table").write_bytes(b"x" * 10)
+    wet = hpcresume("clean", made.path, "--yes")
+
+    assert ("removed 1 temporary file, 10 bytes\n", False) == (wet.stdout, half.exists())
+    assert [0] == list(made.union().completed)
+
+
 def test_clean_all_removes_the_run(tmp_path, hpcresume):
     """--all --yes removes the whole run directory, --all alone does not."""
     made, _ = ended_run(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from hpcresume.config import load_settings
 from hpcresume.config.settings import Settings
-from hpcresume.launch.rounds import Standing, plan_round, reopen, settle
+from hpcresume.launch.rounds import Standing, newest_plan, plan_round, reopen, settle
 from hpcresume.merge.plan import Launch, open_plan
 from hpcresume.run.directory import AttemptRef, Outcome, RunDir
 from hpcresume.run.manifest import Listing, Manifest, write_part
@@ -31,10 +31,10 @@ class Rounds:
     def plan(self, tasks: int = 1) -> int:
         """Plan a round over what is left, by hand."""
         reopen(self.run, quarantined=False)
-        standing = settle(self.run, self.manifest, self.settings, by_hand=True)
+        standing = settle(self.run, self.manifest, self.settings)
         return plan_round(
-            self.run, self.manifest, standing, settings=self.settings, code=1,
-            launch=Launch("slurm", tasks),
+            self.run, self.manifest, standing, after=newest_plan(self.run),
+            settings=self.settings, code=1, launch=Launch("slurm", tasks),
         )  # fmt: skip
 
     def attempt(
@@ -54,7 +54,7 @@ class Rounds:
 
     def settle(self) -> Standing:
         """Unite and decide, as the merge step does."""
-        return settle(self.run, self.manifest, self.settings)
+        return settle(self.run, self.manifest, self.settings, judge=True)
 
 
 @pytest.fixture

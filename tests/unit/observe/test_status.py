@@ -25,13 +25,18 @@ def ended_pid():
 
 
 def answer(monkeypatch, *entries):
-    """Let squeue answer with entries (task, state) of job array 7; return the calls."""
+    """Let squeue answer with entries (task, state) of job array 7; return the names asked for.
+
+    A task that is no number is the name of a merge job, after what its round's name is.
+    """
     calls = []
 
-    def queue(jobs, **_options):
-        calls.append(list(jobs))
+    def queue(*, name, **_options):
+        calls.append(name.split(","))
         return [
-            slurm.QueueEntry(f"7_{task}", "7", task, "demo", state, None, "n1")
+            slurm.QueueEntry(f"7_{task}", "7", task, calls[0][0], state, None, "n1")
+            if isinstance(task, int)
+            else slurm.QueueEntry("8", "8", None, f"{calls[0][0]}-{task}", state, None, None)
             for task, state in entries
         ]
 
@@ -298,49 +303,119 @@ def test_the_plain_form_has_every_promised_field(tmp_path):
 # -- Slurm --------------------------------------------------------------------------------------
 
 
-def slurm_run(tmp_path, tasks=2):
+def slurm_run(tmp_path, tasks=2, **site):
     """A run submitted as job array 7 with merge job 8 and its twin 9."""
-    made = make_run(tmp_path, tasks=tasks)
+    made = make_run(tmp_path, tasks=None)
+    made.plan(tasks=tasks, cluster="slurm", site=site)
     made.job(cluster="slurm", array="7", merge="8", twin="9")
     return made
 
 
+MERGE = ("merge", "PENDING")
+
+
 def test_slurm_is_asked_once_about_the_newest_round(tmp_path, monkeypatch):
     """However many tasks there are, one squeue asks for the array and the merge jobs."""
-    calls = answer(monkeypatch, (0, "RUNNING"), (1, "PENDING"))
+    calls = answer(monkeypatch, (0, "RUNNING"), (1, "PENDING"), MERGE)
     made = slurm_run(tmp_path)
-    made.attempt(0, host="n1", array_job_id="7")
+    made.attempt(0, host="n1", array_job_id="7", job_id="7_0")
     status = read_status(made.run)
 
-    assert [["7", "8", "9"]] == calls
+    name = f"hpcresume-{made.run.run_id}-0"
+    assert [[name, f"{name}-merge", f"{name}-twin"]] == calls
     assert ("running", ["running", "waiting"]) == (status.state, [t.state for t in status.tasks])
     assert ("7", "running", "") == (status.rounds[0].job_id, status.rounds[0].state, status.unasked)
+    assert "" == status.reason
 
 
 def test_a_pending_array_waits(tmp_path, monkeypatch):
     """Jobs in the queue and no attempt: waiting."""
-    answer(monkeypatch, (0, "PENDING"), (1, "PENDING"))
+    answer(monkeypatch, (0, "PENDING"), (1, "PENDING"), MERGE)
 
     assert "waiting" == stands(slurm_run(tmp_path))
 
 
+def test_an_array_without_a_record_is_seen(tmp_path, monkeypatch):
+    """An array whose sbatch was never answered runs; status says what it lacks."""
+    answer(monkeypatch, (0, "RUNNING"))
+    made = make_run(tmp_path, tasks=None)
+    made.plan(cluster="slurm")
+    made.attempt(0, host="n1", array_job_id="7", job_id="7_0")
+    status = read_status(made.run)
+
+    assert "running" == status.state
+    assert "no merge job is to follow round 0" in status.reason
+    assert f"hpcresume merge {made.path} --requeue" in status.reason
+
+
+def test_between_plan_and_submission_the_merge_job_of_before_counts(tmp_path, monkeypatch):
+    """A planned round waits while the merge job that planned it lives, else it is interrupted."""
+    made = slurm_run(tmp_path)
+    made.plan(round_=1, cluster="slurm")
+    name = f"hpcresume-{made.run.run_id}-0-merge"
+    states = []
+    for state in ("RUNNING", "FAILED"):
+        entry = slurm.QueueEntry("8", "8", None, name, state, None, None)
+        monkeypatch.setattr(slurm, "queue", lambda entry=entry, **_: [entry])
+        states.append(stands(made))
+    unasked = stands(made, ask_slurm=False)
+
+    assert (["waiting", "interrupted"], "waiting") == (states, unasked)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "missing"),
+    [
+        ("PENDING", "Dependency", False),
+        ("RUNNING", None, False),
+        ("PENDING", "DependencyNeverSatisfied", True),
+        ("FAILED", None, True),
+    ],
+)
+def test_a_merge_job_that_cannot_run_does_not_count(tmp_path, monkeypatch, state, reason, missing):
+    """A twin whose merge job succeeded waits for ever where Slurm does not remove it."""
+    made = slurm_run(tmp_path)
+    name = f"hpcresume-{made.run.run_id}-0"
+    array = slurm.QueueEntry("7_0", "7", 0, name, "PENDING", None, None)
+    merge = slurm.QueueEntry("8", "8", None, f"{name}-merge", state, reason, None)
+    monkeypatch.setattr(slurm, "queue", lambda **_: [array, merge])
+    status = read_status(made.run)
+
+    assert ("waiting", missing) == (status.state, "no merge job" in status.reason)
+
+
+def test_of_two_arrays_the_one_that_owns_the_round_is_shown(tmp_path, monkeypatch):
+    """Whichever submission was recorded last, the claim tells which array works."""
+    answer(monkeypatch)
+    made = slurm_run(tmp_path)
+    made.job(cluster="slurm", array="11")
+    made.run.claim_round(0, "7")
+
+    assert "7" == read_status(made.run).rounds[0].job_id
+
+
 def test_a_requeued_task_waits_although_its_attempt_died(tmp_path, monkeypatch):
     """An element that Slurm put back into the queue has died and the run waits."""
-    answer(monkeypatch, (0, "PENDING"))
+    answer(monkeypatch, (0, "PENDING"), MERGE)
     made = slurm_run(tmp_path, tasks=1)
-    made.attempt(0, host="n1", array_job_id="7")
+    made.attempt(0, host="n1", array_job_id="7", job_id="7_0")
     status = read_status(made.run)
 
     assert ("waiting", "died") == (status.state, status.tasks[0].state)
 
 
-def test_a_run_that_slurm_has_forgotten_is_interrupted(tmp_path, monkeypatch):
-    """No job in the queue and work left: nothing goes on by itself."""
+@pytest.mark.parametrize(
+    ("submits", "command"), [(True, "merge RUN --requeue"), (False, "drive RUN")]
+)
+def test_a_run_that_slurm_has_forgotten_is_interrupted(tmp_path, monkeypatch, submits, command):
+    """No job in the queue and work left: nothing goes on by itself, and it says what does."""
     answer(monkeypatch, (0, "CANCELLED"), (1, "FAILED"))
-    made = slurm_run(tmp_path)
-    made.attempt(0, host="n1", array_job_id="7")
+    made = slurm_run(tmp_path, submit_from_compute=submits)
+    made.attempt(0, host="n1", array_job_id="7", job_id="7_0")
+    status = read_status(made.run)
 
-    assert "interrupted" == stands(made)
+    assert "interrupted" == status.state
+    assert f"hpcresume {command.replace('RUN', made.path)}" in status.reason
 
 
 def test_a_silent_controller_is_no_error(tmp_path, monkeypatch):
@@ -351,7 +426,7 @@ def test_a_silent_controller_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(slurm, "queue", silent)
     made = slurm_run(tmp_path)
-    made.attempt(0, host="n1", array_job_id="7")
+    made.attempt(0, host="n1", array_job_id="7", job_id="7_0")
     status = read_status(made.run)
 
     assert "running" == status.state

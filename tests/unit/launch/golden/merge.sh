@@ -14,7 +14,8 @@ umask 077
 unset ${!SBATCH_@}  # they would override the next round's script
 
 
-/opt/venv/bin/python -u -P -m hpcresume merge /scratch/me/run --requeue
+/opt/venv/bin/python -u -P -m hpcresume merge /scratch/me/run --requeue \
+    --patience 1200.0
 status=$?
 
 exit "$status"

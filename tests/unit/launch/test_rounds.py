@@ -1,0 +1,215 @@
+"""Rounds: how many tasks, when a run is stopped, and which submission a round belongs to."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcresume import slurm
+from hpcresume.errors import RunDirError
+from hpcresume.launch.drive import merge_step
+from hpcresume.launch.rounds import plan_round, settle, stand, tasks_needed
+from hpcresume.launch.slurm_round import cancelled_tasks
+from hpcresume.merge.plan import Launch, array_name, open_plan
+from hpcresume.run.directory import CLOSED
+from hpcresume.run.manifest import Listing, Manifest, write_part
+from hpcresume.segment.segment import Progress
+from tests.support.runs import make_run
+from tests.unit.launch.jobs import settings
+
+RESOLVED = settings({"run": {"max_no_progress_rounds": 1}}).settings
+
+
+def measured(tmp_path, *, total: int, completed: int, elapsed_s: float):
+    """A run of which one task completed some sources in so many seconds."""
+    made = make_run(tmp_path, sources=total)
+    ref = made.attempt()
+    progress = Progress(elapsed_s=elapsed_s, completed=completed)
+    made.publish(ref, [range(completed)], progress=progress)
+    made.end(ref, "saved")
+    return made
+
+
+def needed(made, *, min_task_s: float = 60.0, weight_of=None) -> int | None:
+    standing = stand(made.run, Manifest.open(made.run), RESOLVED)
+    return tasks_needed(made.run, standing, weight_of, min_task_s=min_task_s)
+
+
+@pytest.mark.parametrize(
+    ("completed", "elapsed_s", "tasks"),
+    [(90, 9.0, 1), (90, 540.0, 1), (90, 549.0, 2), (90, 90 * 60.0, 10), (90, 90 * 600.0, 100)],
+)
+def test_a_task_is_worth_a_minute_of_measured_work(tmp_path, completed, elapsed_s, tasks):
+    """Ten sources are left: as many tasks as they keep busy for a minute each, at least one."""
+    made = measured(tmp_path, total=100, completed=completed, elapsed_s=elapsed_s)
+
+    assert tasks == needed(made)
+
+
+def test_what_was_never_measured_is_dealt_as_asked(tmp_path):
+    """Without a completed source nothing is known of the cost; nor is it asked for with 0."""
+    made = make_run(tmp_path, sources=10)
+    before = needed(made)
+    ref = made.attempt()
+    made.publish(ref, [], progress=Progress(elapsed_s=50.0, completed=0))
+
+    assert (None, None) == (before, needed(made))
+    assert needed(measured(tmp_path / "x", total=9, completed=8, elapsed_s=1), min_task_s=0) is None
+
+
+def test_the_newest_round_that_completed_any_is_the_measure(tmp_path):
+    """Quick sources come first and slow ones remain: a later round tells what those take."""
+    made = measured(tmp_path, total=100, completed=90, elapsed_s=9.0)
+    made.plan(round_=1)
+    slow = made.attempt(round_=1)
+    made.publish(slow, [[90]], progress=Progress(elapsed_s=600.0, completed=1))
+    made.plan(round_=2)
+    made.publish(made.attempt(round_=2), [], progress=Progress(elapsed_s=7.0))
+
+    assert 90 == needed(made)
+
+
+def test_interrupted_sources_take_longer_than_they_ran(tmp_path):
+    """Quick ones were done; one of the two that are left had worked for ten minutes in vain."""
+    made = measured(tmp_path, total=100, completed=98, elapsed_s=9.8)
+    manifest = Manifest.open(made.run)
+    standing = stand(made.run, manifest, RESOLVED)
+    standing.union.ran = {99: 600.0, 3: 6000.0}
+
+    assert 12 == tasks_needed(made.run, standing, None, min_task_s=60.0)
+
+
+@pytest.mark.parametrize(("weight", "tasks"), [(1.0, 1), (600.0, 10), (0.0, 1)])
+def test_weights_scale_what_was_measured(tmp_path, weight, tasks):
+    """Sources were done in a second per unit of weight; the one left weighs more."""
+    made = measured(tmp_path, total=91, completed=90, elapsed_s=90.0)
+
+    assert tasks == needed(made, weight_of=lambda index: weight if index == 90 else 1.0)
+
+
+def test_without_weights_that_say_anything_nothing_is_measured(tmp_path):
+    """Where all that was done weighs nothing, a unit of weight has no cost."""
+    made = measured(tmp_path, total=91, completed=90, elapsed_s=90.0)
+
+    assert needed(made, weight_of=lambda _: 0.0) is None
+
+
+def plan_next(made, *, after: int | None, array: int = 64):
+    manifest = Manifest.open(made.run)
+    return plan_round(
+        made.run,
+        manifest,
+        stand(made.run, manifest, RESOLVED),
+        after=None if after is None else open_plan(made.run, after),
+        settings=settings().settings,
+        code=1,
+        launch=Launch(cluster="slurm", array=array),
+    )
+
+
+def test_the_next_round_has_as_many_tasks_as_the_remainder_needs(tmp_path):
+    """Never more than the array, never more than sources, never more than worthwhile."""
+    slow = measured(tmp_path, total=100, completed=97, elapsed_s=97 * 600.0)
+    quick = measured(tmp_path / "quick", total=100, completed=97, elapsed_s=97.0)
+    many = measured(tmp_path / "many", total=1000, completed=1, elapsed_s=600.0)
+    rounds = [plan_next(made, after=0) for made in (slow, quick, many)]
+
+    assert [1, 1, 1] == rounds
+    tasks = [open_plan(made.run, 1).footer.tasks for made in (slow, quick, many)]
+    assert [3, 1, 64] == tasks
+
+
+def test_weighted_sources_are_dealt_longest_first(tmp_path):
+    """The weight of a source decides where it goes, its measured cost how many tasks there are."""
+    made = make_run(tmp_path, sources=[], tasks=None)
+    listing = Listing((f"s{i}", b"j1", float(w)) for i, w in enumerate([1, 1, 1, 1, 4]))
+    write_part(made.run, 2, first=0, listing=listing)
+    made.ids = [f"s{i}" for i in range(5)]
+    made.plan()
+    plan_next(made, after=0, array=2)
+    plan = open_plan(made.run, 1)
+
+    assert [[4], [0, 1, 2, 3]] == sorted((list(plan.shard(t).bitmap()) for t in (0, 1)), key=len)
+
+
+def test_a_round_is_planned_once_after_the_one_that_was_seen(tmp_path):
+    """Whoever is late with its view of a run does not plan a round after the next one."""
+    made = make_run(tmp_path)
+    first = plan_next(made, after=0, array=2)
+    same = plan_next(made, after=0, array=2)
+
+    with pytest.raises(FileExistsError):
+        plan_next(made, after=0, array=3)
+    assert (1, 1, [0, 1]) == (first, same, made.run.rounds())
+
+
+def test_a_round_at_work_is_no_reason_to_stop(tmp_path):
+    """Uniting by hand early in a round finds no progress yet; only its end says there was none."""
+    made = make_run(tmp_path)
+    made.job(cluster="slurm", array="7")
+    manifest = Manifest.open(made.run)
+
+    at_work = settle(made.run, manifest, RESOLVED)
+    ended = settle(made.run, manifest, RESOLVED, judge=True)
+
+    assert ("", True) == (at_work.stopped, "completed nothing" in ended.stopped)
+
+
+def test_rounds_that_were_never_submitted_do_not_count(tmp_path):
+    """A round whose sbatch was lost and which was dealt anew has not failed."""
+    made = make_run(tmp_path)
+    made.run.close_round(0)
+    made.plan(round_=1)
+
+    assert "" == settle(made.run, Manifest.open(made.run), RESOLVED, judge=True).stopped
+
+
+def test_a_closed_round_belongs_to_no_array(tmp_path):
+    """An array that comes late to a closed round finds it taken; one that was first keeps it."""
+    made = make_run(tmp_path, tasks=1)
+    made.plan(round_=1)
+    made.run.close_round(0)
+    first = made.run.claim_round(1, "12")
+    made.run.close_round(1)
+
+    assert (CLOSED, "12") == (made.run.claim_round(0, "11"), first)
+    assert [CLOSED, "12", None] == [made.run.round_owner(round_) for round_ in (0, 1, 2)]
+
+
+def test_a_run_without_slurm_has_no_next_round_there(tmp_path):
+    """`merge --requeue` of a run in the foreground names the command that goes on with it."""
+    made = make_run(tmp_path)
+
+    with pytest.raises(RunDirError, match=f"hpcresume submit {made.path}"):
+        merge_step(made.run)
+
+
+def queue_of(monkeypatch, made, *entries):
+    """Let squeue answer with entries (array, task, state) of round 0."""
+    name = array_name(made.run, 0)
+    found = [
+        slurm.QueueEntry(
+            array if task is None else f"{array}_{task}", array, task, name, state, None, None
+        )
+        for array, task, state in entries
+    ]
+    monkeypatch.setattr(slurm, "queue", lambda **_: found)
+
+
+def test_only_elements_of_the_owner_count_as_cancelled(tmp_path, monkeypatch):
+    """Somebody cancels the array that had lost the round: no shard is kept back for that."""
+    made = make_run(tmp_path, tasks=3)
+    queue_of(monkeypatch, made, ("7", 0, "COMPLETED"), ("7", 2, "CANCELLED"), ("9", 1, "CANCELLED"))
+    unclaimed = cancelled_tasks(made.run, 0)
+    made.run.claim_round(0, "7")
+
+    assert ([1, 2], [2]) == (unclaimed, cancelled_tasks(made.run, 0))
+
+
+def test_cancelled_single_jobs_are_told_by_their_place(tmp_path, monkeypatch):
+    """Without arrays a job's task is its place in the record of its submission."""
+    made = make_run(tmp_path, tasks=3)
+    made.job(cluster="slurm", array="7,8,9")
+    made.run.claim_round(0, "c0ffee")
+    queue_of(monkeypatch, made, ("7", None, "COMPLETED"), ("9", None, "CANCELLED"))
+
+    assert [2] == cancelled_tasks(made.run, 0)
