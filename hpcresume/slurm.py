@@ -51,6 +51,12 @@ _NO_SUCH_JOB = "Invalid job id specified"
 _ALREADY_OVER = re.compile(
     rf"{_NO_SUCH_JOB}|already completing or completed|already finished", re.IGNORECASE
 )
+_ENDED = frozenset(
+    {
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
+        "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
+    }
+)  # fmt: skip
 _NOTHING = frozenset({"", "(null)", "None", "N/A", "Unknown", "NONE"})
 
 
@@ -71,6 +77,11 @@ class QueueEntry:
     """``PENDING``, ``RUNNING``, ``COMPLETING``, ``COMPLETED``, ..."""
     reason: str | None
     node: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether Slurm is done with it: it will not run, nor run again."""
+        return self.state.split(" ")[0] in _ENDED
 
 
 @dataclass(frozen=True, slots=True)

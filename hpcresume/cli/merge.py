@@ -36,6 +36,12 @@ def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
     say(line, err=as_json)
     for text in union.bad.values():
         say(f"set aside: {text}", err=True)
+    if union.withheld:
+        say(
+            f"{human_count(len(union.withheld), 'source')} of cancelled array tasks stay out; "
+            f"to go on with them: hpcresume submit {run.path}",
+            err=True,
+        )
     if step.job is not None:
         say(f"round {step.round}: array {step.job.array}, merge {step.job.merge}", err=as_json)
     if union.stopped:
@@ -48,6 +54,7 @@ def merge(run: RunDir, requeue: bool, as_json: bool) -> None:
                 "completed": len(union.completed),
                 "quarantined": len(union.quarantined()),
                 "remaining": len(remainder),
+                "withheld": len(union.withheld),
                 "round": step.round,
                 "array": step.job.array if step.job else None,
             }

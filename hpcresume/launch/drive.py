@@ -14,6 +14,7 @@ import msgspec
 
 from hpcresume.config import Resolved, Settings, load_settings
 from hpcresume.errors import LocalStorageError, RunDirError
+from hpcresume.launch.cancelled import cancelled_tasks
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.rounds import (
     Standing,
@@ -25,7 +26,8 @@ from hpcresume.launch.rounds import (
     settle,
     withhold,
 )
-from hpcresume.launch.slurm_round import active_jobs, cancelled_tasks, submit_round
+from hpcresume.launch.slurm_round import active_jobs, submit_round
+from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
@@ -100,7 +102,8 @@ def merge_step(run: RunDir) -> Step:
     if standing.remainder and plan.footer.launch.cluster == "slurm" and not run.stop_requested():
         if active_jobs(run, round_):
             return Step("running", standing, round_)
-        standing = withhold(run, manifest, settings, cancelled_tasks(run, round_))
+        tasks = cancelled_tasks(run, plan, standing.remainder)
+        standing = withhold(run, manifest, settings, tasks)
     if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
         finish_run(run, standing, pipeline)
@@ -113,7 +116,8 @@ def merge_step(run: RunDir) -> Step:
         round_ = next_round(run, manifest, standing, plan)
     # Otherwise this round was planned by a merge that died before it was submitted.
     plan = open_plan(run, round_)
-    return Step("submitted", standing, round_, submit_round(run, plan, reload_settings(plan)))
+    job = unless_stopped(run, lambda: submit_round(run, plan, reload_settings(plan)))
+    return Step("cancelled" if job is None else "submitted", standing, round_, job)
 
 
 def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) -> int:

@@ -21,13 +21,6 @@ from hpcresume.run.directory import JobRecord, RunDir
 from hpcresume.task.allocation import CLAIM_VARIABLE
 from hpcresume.task.supervisor import run_element
 
-_ENDED = frozenset(
-    {
-        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
-        "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
-    }
-)  # fmt: skip
-
 
 def job_name(run: RunDir, round_: int) -> str:
     """Return the name of a round's job array, unique to run and round."""
@@ -68,8 +61,7 @@ def active_jobs(run: RunDir, round_: int) -> list[slurm.QueueEntry]:
     Raises:
         SlurmUnreachableError: The controller does not answer, so nobody knows.
     """
-    name = job_name(run, round_)
-    return [entry for entry in slurm.queue(name=name) if entry.state.split(" ")[0] not in _ENDED]
+    return [entry for entry in slurm.queue(name=job_name(run, round_)) if not entry.ended]
 
 
 def submit_round(run: RunDir, plan: Plan, resolved: Resolved) -> JobRecord:
@@ -136,25 +128,14 @@ def _submit_tasks(run: RunDir, plan: Plan, resolved: Resolved) -> list[str]:
     ]
 
 
-def cancelled_tasks(run: RunDir, round_: int) -> list[int]:
-    """Return the array tasks of a round that were cancelled, as far as Slurm still knows."""
-    name = job_name(run, round_)
-    return sorted(
-        entry.array_task or 0
-        for entry in slurm.queue(name=name)
-        if entry.state.split(" ")[0] == "CANCELLED"
-    )
-
-
 def _follow(
     run: RunDir, plan: Plan, resolved: Resolved, dependency: str, *, twin: bool = False
 ) -> str:
     from hpcresume.launch import submitit_executor
 
     job = make_merge_job(run, plan, dependency, twin=twin)
-    known = [
-        entry for entry in slurm.queue(name=job.name) if entry.state.split(" ")[0] not in _ENDED
-    ]
+    # One that runs may have decided already, before what it should have seen.
+    known = [entry for entry in slurm.queue(name=job.name) if entry.state == "PENDING"]
     if known:
         return known[0].job_id
     folder = Path(run.round_path(plan.footer.round, "submit"))

@@ -17,8 +17,9 @@ from hpcresume.errors import HpcResumeError, SlurmMissingError, UsageError
 from hpcresume.launch.drive import LocalRun, Step, finish_run
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.prepare import Prepared, prepare
-from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
+from hpcresume.launch.rounds import newest_plan, pardon, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, submit_round
+from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
@@ -208,9 +209,12 @@ def submit_to_slurm(ready: Ready) -> Step:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
     last = newest_plan(run)
-    if last is not None and active_jobs(run, last.footer.round):
-        job = submit_round(run, last, ready.resolved)
-        return Step("running", standing, last.footer.round, job)
+    active = active_jobs(run, last.footer.round) if last is not None else []
+    if last is not None and active:
+        round_ = last.footer.round
+        pardon(run, round_, [t for t in range(last.footer.tasks) if not _goes_on(t, active)])
+        job = unless_stopped(run, lambda: submit_round(run, last, ready.resolved))
+        return Step("cancelled" if job is None else "running", standing, round_, job)
     round_ = plan_round(
         run,
         manifest,
@@ -219,8 +223,15 @@ def submit_to_slurm(ready: Ready) -> Step:
         code=ready.prepared.code,
         launch=ready.launch,
     )
-    job = submit_round(run, open_plan(run, round_), ready.resolved)
-    return Step("submitted", standing, round_, job)
+    plan = open_plan(run, round_)
+    job = unless_stopped(run, lambda: submit_round(run, plan, ready.resolved))
+    return Step("cancelled" if job is None else "submitted", standing, round_, job)
+
+
+def _goes_on(task: int, active: list[slurm.QueueEntry]) -> bool:
+    """Tell whether an array task waits or runs, so that it may still be cancelled."""
+    states = {entry.state for entry in active if entry.array_task in (task, None)}
+    return bool(states - {"COMPLETING"})
 
 
 def parse_array(text: str) -> tuple[int, int]:

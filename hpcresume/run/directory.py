@@ -106,9 +106,10 @@ class Outcome(msgspec.Struct, frozen=True):
             all committed work published), ``lost`` (some committed work could not be
             published), ``broken`` (cannot run here: see reason), ``superseded``.
         reason: Why it ended, for people.
-        kind: Machine-readable reason: ``finished``, ``terminated``, ``time-limit``,
-            ``driver-died``, ``stage-broken``, ``stage-start``, ``ray-start``, ``storage``,
-            ``stopped``.
+        kind: Machine-readable reason: ``finished``, ``time-limit``, ``preempted``,
+            ``cancelled``, ``requeued`` (by Slurm or an administrator), ``terminated``
+            (a signal whose reason Slurm did not tell), ``driver-died``, ``stage-broken``,
+            ``stage-start``, ``ray-start``, ``storage``, ``stopped``, ``superseded``.
         stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.
@@ -433,6 +434,13 @@ class RunDir:
         except FileExistsError:
             return self.fs.read(path).decode()
         return owner
+
+    def round_owner(self, round_: int) -> str | None:
+        """Return who has claimed a round, None while nobody has."""
+        try:
+            return self.fs.read(self.round_path(round_, "claim")).decode()
+        except FileNotFoundError:
+            return None
 
     def marks(self) -> list[tuple[int, str]]:
         """Return the stop and resume marks, oldest first."""

@@ -64,6 +64,7 @@ SLEEPERS = {
     "cli/submit.py": "redraws the progress bar at intervals",
     "engine/pool.py": "with nothing under way there is nothing to wait for",
     "engine/ray_pool.py": "with nothing under way there is nothing to wait for",
+    "launch/stopping.py": "Slurm has no event for the end of a job",
     "testbed/processes.py": "Slurm's daemons have no event for being up",
 }
 """Files that may sleep, each with the reason why there is nothing to wait for."""
