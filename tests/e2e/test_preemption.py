@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
 def test_same_node(each_cluster: SlurmCluster) -> None:
     """
     A preempted task drains and publishes within the grace period, stops Ray and requeues
-    itself; its next attempt, on the same node, continues.  No source is charged or runs twice.
+    itself; its next attempt, on the same node, continues.  No source is charged, and none runs
+    twice but what Ray's workers held where Slurm's signal reaches these, too.
     """
     run = SlurmRun.submit(each_cluster, sources=100, engine="ray")
     run.wait_published()
@@ -30,7 +31,8 @@ def test_same_node(each_cluster: SlurmCluster) -> None:
     assert [node, node] == [attempt["node"] for attempt in run.attempts()]
     assert 100 == first["completed"] + second["completed"]
     assert ("complete", 1) == (status["state"], len(status["rounds"]))
-    assert {1} == set(run.executions().values())
+    again = {"cgroup": 0, "linuxproc": 2}[each_cluster.bed.proctrack]
+    assert sum(run.executions().values()) <= 100 + again
     assert run.is_right()
     assert [] == [process for process in family if process.is_running()]
 
