@@ -13,7 +13,17 @@ SYNC = SyncSettings(max_age_s=60.0, max_records=0, max_bytes=1000, first_age_s=5
 
 def report(last: int, *, committed: int = 0, size: int = 0) -> Report:
     """Return what a driver says after ``last`` commits."""
-    return Report(last, committed, size, 0, 0, 0, 0, ready=True)
+    return Report(
+        last=last,
+        committed=committed,
+        unpublished_bytes=size,
+        in_flight=0,
+        failing=0,
+        quarantined=0,
+        left=0,
+        ready=True,
+        lacks_time=False,
+    )
 
 
 def receipt(last: int, sources: int = 0) -> Receipt:
