@@ -126,7 +126,9 @@ def test_preempt_mode_cancel(slurm_cluster: SlurmCluster, end: str) -> None:
     Where preemption cancels, a task that drains within its grace requeues itself, and one
     that does not ends PREEMPTED: the merge job submits its remainder, as nobody cancelled it.
     """
-    run = SlurmRun.submit(slurm_cluster, "-p", "cancel")
+    # Slurm thaws what it signals: the supervisor then waits for its frozen driver.
+    patient = {"HPCRESUME_TASK__DRAIN_S": "120"}
+    run = SlurmRun.submit(slurm_cluster, "-p", "cancel", env=patient)
     published, array = run.wait_published(), run.array
     if end == "frozen":
         run.freeze()
