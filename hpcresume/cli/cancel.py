@@ -43,19 +43,21 @@ def cancel(run: RunDir, as_json: bool) -> None:
 
 
 def _cancel_jobs(run: RunDir) -> list[str]:
-    from hpcresume import slurm
+    from hpcresume.errors import SlurmUnreachableError
+    from hpcresume.launch.stopping import cancel_run
+    from hpcresume.merge.plan import open_plan
 
-    records = [job for number in run.rounds() for job in run.job_records(number)]
-    jobs = [
-        job_id
-        for record in records
-        if record.cluster == "slurm"
-        for job_id in (record.merge, record.twin, record.array)
-        if job_id
-    ]
-    if jobs:
-        slurm.cancel(jobs)
-    return jobs
+    clusters = {open_plan(run, number).footer.launch.cluster for number in run.rounds()}
+    if "slurm" not in clusters:
+        return []
+    try:
+        return cancel_run(run)
+    except SlurmUnreachableError as error:
+        raise SlurmUnreachableError(
+            f"{error} The stop mark is set all the same: no task of this run starts to work "
+            "or requeues itself. Run the same command again to take its jobs out of the queue.",
+            **error.fields,
+        ) from error
 
 
 def _stop_processes(run: RunDir) -> list[int]:

@@ -59,6 +59,12 @@ def merge(run: RunDir, requeue: bool, patience: float, as_json: bool) -> None:
         say(f"set aside: {text}", err=True)
     for note in step.notes:
         say(f"packed: {note}", err=True)
+    if union.withheld:
+        say(
+            f"{human_count(len(union.withheld), 'source')} of cancelled array tasks stay out; "
+            f"to go on with them: hpcresume submit {run.path}",
+            err=True,
+        )
     if step.job is not None:
         verb = "is still at work; no tasks were submitted" if step.state == "running" else ""
         after = f"merge {step.job.merge} follows" if step.job.merge else ""
@@ -76,6 +82,7 @@ def merge(run: RunDir, requeue: bool, patience: float, as_json: bool) -> None:
                 "completed": len(union.completed),
                 "quarantined": len(union.quarantined()),
                 "remaining": len(remainder),
+                "withheld": len(union.withheld),
                 "round": step.round,
                 "array": step.job.array if step.job else None,
             }

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from hpcresume import slurm
 from hpcresume.config import Resolved, Settings, load_settings
 from hpcresume.errors import InternalError, LocalStorageError, RunDirError, SlurmRefusedError
+from hpcresume.launch.cancelled import cancelled_tasks
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
@@ -31,11 +33,11 @@ from hpcresume.launch.rounds import (
 )
 from hpcresume.launch.slurm_round import (
     active_jobs,
-    cancelled_tasks,
     nodes_without_attempt,
     submit_round,
     take_up,
 )
+from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
@@ -158,11 +160,13 @@ def _merge_once(run: RunDir) -> Step:
     if standing.remainder and not run.stop_requested():
         active = active_jobs(run, round_)
         if active:
-            job = take_up(run, plan, reload_settings(plan), active)
-            return Step("running", standing, round_, job)
+            resolved = reload_settings(plan)
+            job = unless_stopped(run, partial(take_up, run, plan, resolved, active))
+            return Step("cancelled" if job is None else "running", standing, round_, job)
         # What its tasks published before they ended may have come since.
-        settle(run, manifest, settings, judge=True)
-        standing = withhold(run, manifest, settings, cancelled_tasks(run, round_))
+        standing = settle(run, manifest, settings, judge=True)
+        tasks = cancelled_tasks(run, plan, standing.remainder)
+        standing = withhold(run, manifest, settings, tasks)
     if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
         finish_run(run, standing, pipeline)
@@ -193,14 +197,15 @@ def submit_planned(
         learned = foresee(resolved, tasks=footer.tasks)
         if learned is None:
             try:
-                job = submit_round(run, plan, resolved)
+                job = unless_stopped(run, partial(submit_round, run, plan, resolved))
             except SlurmRefusedError as refusal:
                 # Slurm may have taken the array, but not the merge job.
                 known = {entry.array_job_id for entry in active_jobs(run, footer.round)}
                 slurm.cancel(sorted(known))
                 learned = learn(refusal, resolved, tasks=footer.tasks)
             else:
-                return Step("submitted", standing, footer.round, job, tuple(notes))
+                state = "cancelled" if job is None else "submitted"
+                return Step(state, standing, footer.round, job, tuple(notes))
         resolved, notes = learned.resolved, [*notes, learned.note]
         run.close_round(footer.round)
         # Another merge may have planned it first.

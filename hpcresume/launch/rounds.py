@@ -116,8 +116,9 @@ def withhold(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[in
     assert plan is not None
     for _ in range(_TRIES):
         standing = stand(run, manifest, settings)
-        union = standing.union
-        cancelled = bitmaps.union(plan.shard(task).bitmap() for task in tasks)
+        union, round_ = standing.union, plan.footer.round
+        wanted = [task for task in tasks if (round_, task) not in union.pardoned]
+        cancelled = bitmaps.union(plan.shard(task).bitmap() for task in wanted)
         fresh = (cancelled & standing.remainder) - union.withheld
         if not fresh:
             return standing
@@ -127,6 +128,20 @@ def withhold(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[in
         with contextlib.suppress(FileExistsError):
             write_generation(run, union)
             return stand(run, manifest, settings)
+    raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
+
+
+def pardon(run: RunDir, round_: RoundIndex | int, tasks: list[int]) -> None:
+    """Let the shards of array tasks go on whose cancellation is overtaken: `submit` by hand.
+
+    The round's merge is still to come, and would find them cancelled.
+    """
+    for _ in range(_TRIES):
+        union = load_newest(run)
+        union.pardoned = [(int(round_), task) for task in tasks]
+        with contextlib.suppress(FileExistsError):
+            write_generation(run, union)
+            return
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 

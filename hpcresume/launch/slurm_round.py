@@ -140,30 +140,6 @@ def _submit_tasks(run: RunDir, plan: Plan, resolved: Resolved) -> list[str]:
     ]
 
 
-def cancelled_tasks(run: RunDir, round_: int) -> list[int]:
-    """Return the array tasks of a round that were cancelled, as far as Slurm still knows.
-
-    Of two arrays of one round only the one that owns it counts: the elements of the other
-    had nothing to do.
-    """
-    owner = run.round_owner(round_)
-    known = slurm.queue(name=array_name(run, round_))
-    rivals = {entry.array_job_id for entry in known} - {owner}
-    # A round of single jobs is claimed in a name that is no job's.
-    others = rivals if any(entry.array_job_id == owner for entry in known) else set()
-    single = {
-        job: task
-        for record in run.job_records(round_)
-        for task, job in enumerate(record.array.split(","))
-    }
-    cancelled = (
-        single.get(entry.job_id) if entry.array_task is None else entry.array_task
-        for entry in known
-        if entry.state.split(" ")[0] == "CANCELLED" and entry.array_job_id not in others
-    )
-    return sorted({task for task in cancelled if task is not None})
-
-
 def nodes_without_attempt(run: RunDir, round_: int) -> set[str]:
     """Return the nodes on which an element of a round failed before it had made an attempt.
 

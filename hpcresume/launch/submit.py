@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from hpcresume.launch.drive import (
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
-from hpcresume.launch.rounds import newest_plan, plan_round, reopen, settle
+from hpcresume.launch.rounds import newest_plan, pardon, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, take_up
+from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
@@ -232,11 +234,13 @@ def _submit_once(ready: Ready) -> Step:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
     if last is not None:
-        active = active_jobs(run, last.footer.round)
+        round_ = last.footer.round
+        active = active_jobs(run, round_)
         if active:
-            job = take_up(run, last, ready.resolved, active)
-            return Step("running", standing, last.footer.round, job)
-        run.close_round(last.footer.round)
+            pardon(run, round_, [t for t in range(last.footer.tasks) if not _goes_on(t, active)])
+            job = unless_stopped(run, partial(take_up, run, last, ready.resolved, active))
+            return Step("cancelled" if job is None else "running", standing, round_, job)
+        run.close_round(round_)
         # What its tasks published before they ended may have come since.
         standing = settle(run, manifest, settings)
     round_ = plan_round(
@@ -249,6 +253,12 @@ def _submit_once(ready: Ready) -> Step:
         launch=ready.launch,
     )
     return submit_planned(run, manifest, standing, open_plan(run, round_), ready.resolved)
+
+
+def _goes_on(task: int, active: list[slurm.QueueEntry]) -> bool:
+    """Tell whether an array task waits or runs, so that it may still be cancelled."""
+    states = {entry.state for entry in active if entry.array_task in (task, None)}
+    return bool(states - {"COMPLETING"})
 
 
 def parse_array(text: str) -> tuple[int, int]:

@@ -85,6 +85,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
         finished: Whether nothing is left to do.
         withheld: Bitmap of the sources of cancelled array tasks, which wait for the user.
         ran: Seconds that an attempt worked on a source that is not settled, without finishing.
+        pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
     """
 
     run_id: str
@@ -98,6 +99,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     finished: bool
     withheld: bytes = b""
     ran: dict[int, float] = {}
+    pardoned: list[tuple[int, int]] = []
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Union:
         failures: Sources that failed and are not completed.
         withheld: Sources of cancelled array tasks, which wait for the user.
         ran: The longest that an attempt worked on a source without finishing it, in seconds.
+        pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
         fresh: Segments that the generation had not folded.
         passed_over: Highest number of a damaged generation that was passed over.
     """
@@ -125,6 +128,7 @@ class Union:
     finished: bool = False
     withheld: BitMap = field(default_factory=BitMap)
     ran: dict[int, float] = field(default_factory=dict)
+    pardoned: list[tuple[int, int]] = field(default_factory=list)
     fresh: int = 0
     passed_over: int = 0
 
@@ -338,6 +342,7 @@ def _load(run: RunDir, number: int) -> Union:
         finished=footer.finished,
         withheld=_load_optional(footer.withheld, what=container.path),
         ran=dict(footer.ran),
+        pardoned=footer.pardoned,
     )
 
 
@@ -367,6 +372,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         finished=union.finished,
         withheld=bitmaps.dump(union.withheld),
         ran=union.interrupted(),
+        pardoned=union.pardoned,
     )
 
     def blocks() -> Iterator[bytes]:

@@ -119,9 +119,10 @@ class Outcome(msgspec.Struct, frozen=True):
             all committed work published), ``lost`` (some committed work could not be
             published), ``broken`` (cannot run here: see reason), ``superseded``.
         reason: Why it ended, for people.
-        kind: Machine-readable reason: ``finished``, ``terminated``, ``time-limit``,
-            ``driver-died``, ``stage-broken``, ``stage-start``, ``ray-start``, ``storage``,
-            ``stopped``.
+        kind: Machine-readable reason: ``finished``, ``time-limit``, ``preempted``,
+            ``cancelled``, ``requeued`` (by Slurm or an administrator), ``terminated``
+            (a signal whose reason Slurm did not tell), ``driver-died``, ``stage-broken``,
+            ``stage-start``, ``ray-start``, ``storage``, ``stopped``, ``superseded``.
         stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.

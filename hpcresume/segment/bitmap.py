@@ -49,3 +49,13 @@ def union(bitmaps: Iterable[BitMap]) -> BitMap:
     for bitmap in bitmaps:
         result |= bitmap
     return result
+
+
+def disjoint(bitmaps: Iterable[BitMap]) -> list[BitMap]:
+    """Return bitmaps of the same union that share nothing; the smallest keep what they hold."""
+    seen, result = BitMap(), []
+    for bitmap in sorted(bitmaps, key=len):
+        fresh = bitmap - seen
+        seen |= fresh
+        result += [fresh] if fresh else []
+    return result

@@ -104,20 +104,3 @@ def _ask_end_time(element: str | None) -> float | None:
     except HpcResumeError:
         return None
     return next((job.end_time for job in jobs if job.end_time is not None), None)
-
-
-def may_requeue_itself(allocation: Allocation) -> bool:
-    """Tell whether this element should requeue itself: Slurm still runs this very attempt.
-
-    A cancelled element is COMPLETING; one that Slurm or an administrator requeued has a
-    higher restart count.
-    """
-    if allocation.element is None:
-        return False
-    try:
-        jobs = slurm.show_job(allocation.element, timeout_s=5)
-    except HpcResumeError:
-        return False
-    return any(
-        job.state == "RUNNING" and (job.restarts or 0) == allocation.restart_count for job in jobs
-    )

@@ -165,7 +165,10 @@ class Driver:
         self, pipeline: Pipeline, groups: list[Group], pool: Pool, run: RunDir, sources: BitMap
     ) -> Executor:
         spec = self._spec
-        suspects = [bitmaps.load(g, what="suspects") & sources for g in self._work.suspects]
+        # Every segment of a driver that died names them again.
+        suspects = bitmaps.disjoint(
+            bitmaps.load(group, what="suspects") & sources for group in self._work.suspects
+        )
         ran = {s: seconds for s, seconds in self._work.ran.items() if s in sources}
         ordinary = sources - bitmaps.union(suspects) - BitMap(ran)
         return Executor(

@@ -212,7 +212,13 @@ class Recovered(msgspec.Struct, frozen=True, tag=True):
 
 
 class OutcomeWritten(msgspec.Struct, frozen=True, tag=True):
-    """The outcome is published."""
+    """The outcome is published.
+
+    Attributes:
+        stop: Whether the run directory holds a stop mark.
+    """
+
+    stop: bool
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -92,7 +92,7 @@ class Publisher:
         path = self._run.attempt_path(self._ref, "outcome.json")
         with contextlib.suppress(FileExistsError):
             self._run.write_record(path, order.outcome, label="outcome")
-        return OutcomeWritten()
+        return OutcomeWritten(self._run.stop_requested())
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import FrameType
 
@@ -40,12 +40,9 @@ from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.segment import NEEDS_LONGER
-from hpcresume.task.allocation import (
-    may_requeue_itself,
-    read_allocation,
-    read_end_time,
-)
+from hpcresume.task.allocation import read_allocation, read_end_time
 from hpcresume.task.bad_node import hold, is_nodes_fault, keep_away
+from hpcresume.task.ending import kind_of_sigterm, look, make_outcome, why_not
 from hpcresume.task.messages import (
     DRIVER_REPORTS,
     PUBLISHER_REPORTS,
@@ -76,6 +73,7 @@ from hpcresume.task.process import (
     start_child,
 )
 from hpcresume.task.recovery import attempt_of
+from hpcresume.task.schedule import Schedule
 from hpcresume.task.scratch import (
     Scratch,
     choose_local,
@@ -95,8 +93,6 @@ _DRIVER_CLOSE_S = 5.0
 _ASK_AHEAD_S = 2.0
 _FIRST_ANSWER_S = 5.0
 _RECENT_S = 30.0
-_MAX_BACKOFF_S = 30.0
-_HUNG_S = 60.0
 _DRIVER_OOM_SCORE, _PUBLISHER_OOM_SCORE = 500, 200
 EXIT_BROKEN = 76
 
@@ -137,22 +133,6 @@ class _Signals:
 
 
 @dataclass(slots=True)
-class _Publishing:
-    """How publication stands."""
-
-    receipt: int = 0
-    sources: int = 0
-    seq: int = 0
-    in_flight_since: float | None = None
-    last_at: float = 0.0
-    unpublished_since: float | None = None
-    failures: int = 0
-    retry_at: float = 0.0
-    holding: bool = False
-    damaged: bool = False
-
-
-@dataclass(slots=True)
 class _State:
     report: Report | None = None
     ended: Ended | None = None
@@ -161,7 +141,6 @@ class _State:
     stop_reason: str = ""
     stop_deadline: float = float("inf")
     driver_deadline: float = float("inf")
-    publishing: _Publishing = field(default_factory=_Publishing)
 
 
 class Supervisor:
@@ -175,6 +154,8 @@ class Supervisor:
         self._settings = msgspec.convert(self._plan.footer.settings, Settings)
         self._allocation = read_allocation(environ)
         self._state = _State()
+        self._schedule = Schedule(self._settings.sync)
+        self._holding = False
         self._limit = TimeLimit(
             lambda: read_end_time(self._allocation, environ),
             near_s=self._stop_budget_s + _ASK_AHEAD_S,
@@ -335,6 +316,7 @@ class Supervisor:
         if work is None:
             self._state.ended = Ended("finished", "an earlier attempt had done it all", 0)
         elif self._signals.terminate:
+            self._stop("terminated", "SIGTERM", self._settings.task.drain_s)
             self._state.ended = Ended("terminated", "SIGTERM before the work began", 0)
         elif self._is_too_long(work):
             self._ready_at = time.monotonic()
@@ -526,9 +508,7 @@ class Supervisor:
         self._state.report = report
         if report.ready and self._ready_at is None:
             self._ready_at = time.monotonic()
-        publishing = self._state.publishing
-        if report.last > publishing.receipt and publishing.unpublished_since is None:
-            publishing.unpublished_since = time.monotonic()
+        self._schedule.note_commits(report, time.monotonic())
 
     def _note_driver_end(self, driver: Child) -> None:
         if self._state.ended is None:
@@ -540,16 +520,15 @@ class Supervisor:
     def _serve_publisher(self) -> None:
         for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
             self._hear_publisher(report)
-        publishing, now = self._state.publishing, time.monotonic()
+        schedule, now = self._schedule, time.monotonic()
         if self._publisher.channel.closed:
             say(f"the publisher {self._publisher.describe_end()}; another one is started")
             self._replace_publisher()
-        elif publishing.in_flight_since and now - publishing.in_flight_since > _HUNG_S:
+        elif schedule.is_hung(now):
             say("shared storage does not answer; the publisher is left behind")
             self._publisher.kill()
             self._replace_publisher()
-        idle = publishing.in_flight_since is None and now >= publishing.retry_at
-        if idle and self._is_due(now):
+        if schedule.is_due(self._state.report, now):
             self._order_publication()
         self._hold_if_at_risk(now)
 
@@ -557,37 +536,14 @@ class Supervisor:
         self._selector.unregister(self._publisher.channel.read_fd)
         self._publisher.channel.close()
         self._publisher = self._start_publisher()
-        self._note_refusal()
-
-    def _note_refusal(self) -> None:
-        publishing = self._state.publishing
-        publishing.in_flight_since = None
-        publishing.failures += 1
-        backoff = min(_MAX_BACKOFF_S, 0.5 * 2**publishing.failures)
-        publishing.retry_at = time.monotonic() + backoff
-
-    def _is_due(self, now: float) -> bool:
-        sync, publishing, report = self._settings.sync, self._state.publishing, self._state.report
-        if report is None:
-            return False
-        if report.unpublished_bytes >= sync.max_bytes:
-            return True
-        at_risk = report.committed - publishing.sources
-        if sync.max_records and at_risk >= sync.max_records:
-            return True
-        if publishing.seq == 0:
-            since = publishing.unpublished_since
-            return since is not None and now - since >= min(sync.first_age_s, sync.max_age_s)
-        return now - publishing.last_at >= sync.max_age_s
+        self._schedule.take_refusal(time.monotonic())
 
     def _order_publication(self, *, driver_died: bool = False) -> None:
-        publishing = self._state.publishing
-        publishing.seq += 1
-        publishing.in_flight_since = time.monotonic()
+        seq = self._schedule.begin(time.monotonic())
         self._publisher.channel.send(
             Publish(
-                publishing.receipt,
-                publishing.seq,
+                self._schedule.receipt,
+                seq,
                 self._settings.sync.max_bytes,
                 driver_died,
                 self._interrupted_at,
@@ -595,37 +551,25 @@ class Supervisor:
         )
 
     def _hear_publisher(self, report: PublisherReport) -> None:
-        publishing = self._state.publishing
         if isinstance(report, Refused):
             say(f"cannot publish: {report.reason}")
-            publishing.damaged = publishing.damaged or report.damaged
-            self._note_refusal()
+            self._schedule.take_refusal(time.monotonic(), damaged=report.damaged)
         elif isinstance(report, Receipt):
             self._take_receipt(report)
 
-    def _take_receipt(self, report: Receipt) -> None:
-        publishing, now = self._state.publishing, time.monotonic()
-        publishing.in_flight_since, publishing.last_at = None, now
-        publishing.failures, publishing.receipt = 0, report.last
-        publishing.sources += report.sources
-        known = self._state.report
-        more = known is not None and known.last > report.last
-        publishing.unpublished_since = now if more else None
-        self._order_driver(Published(report.last))
-        if report.newest_epoch > self._ref.epoch:
-            self._stop("superseded", f"attempt {report.newest_epoch} has started", 2 * _TICK_S)
-        if report.stop:
+    def _take_receipt(self, receipt: Receipt) -> None:
+        self._schedule.take_receipt(receipt, self._state.report, time.monotonic())
+        self._order_driver(Published(receipt.last))
+        if receipt.newest_epoch > self._ref.epoch:
+            self._stop("superseded", f"attempt {receipt.newest_epoch} has started", 2 * _TICK_S)
+        if receipt.stop:
             self._stop("stopped", "the run holds a stop mark", self._settings.task.drain_s)
 
     def _hold_if_at_risk(self, now: float) -> None:
         """Take no more sources while what is committed cannot be published."""
-        publishing = self._state.publishing
-        since, hung = publishing.unpublished_since, publishing.in_flight_since
-        late = since is not None and now - since > 2 * self._settings.sync.max_age_s
-        stuck = publishing.failures > 0 or (hung is not None and now - hung > _HUNG_S / 2)
-        hold = late and stuck
-        if hold != publishing.holding:
-            publishing.holding = hold
+        hold = self._schedule.must_hold(now)
+        if hold != self._holding:
+            self._holding = hold
             say("too much is unpublished; no sources are taken" if hold else "publishing again")
             self._order_driver(Hold(hold))
 
@@ -642,21 +586,15 @@ class Supervisor:
 
     def _finish(self) -> int:
         """Publish the rest, write the outcome, leave nothing behind; return the exit status."""
-        state = self._state
-        if self._driver is not None and state.ended is None and state.driver_died is None:
-            # It did not drain in time: what it committed is published without it.
-            self._interrupted_at = time.monotonic()
-            self._driver.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._driver.process.wait(timeout=_MARGIN_S)
+        self._leave_driver()
         # A driver that ended before it had a ledger left nothing to publish.
         has_ledger = os.path.exists(os.path.join(self._scratch.path, "ledger", "data.mdb"))
         published = not has_ledger or self._publish_rest()
         outcome = self._make_outcome(published=published)
         say(f"{outcome.state}: {outcome.reason}")
         self._publisher.channel.send(WriteOutcome(outcome))
-        answer = self._await(self._budget_s(_RECOVER_S))
-        if not isinstance(answer, OutcomeWritten):
+        written = self._await(self._budget_s(_RECOVER_S))
+        if not isinstance(written, OutcomeWritten):
             say("the outcome could not be written")
         self._tell_parent()
         stuck = end_descendants(_END_DESCENDANTS_S)
@@ -670,8 +608,22 @@ class Supervisor:
             if is_nodes_fault(outcome):
                 self._leave_bad_node()
             return EXIT_BROKEN
-        self._requeue_if_ours(outcome)
+        self._requeue_if_ours(
+            outcome, stop_mark=written.stop if isinstance(written, OutcomeWritten) else None
+        )
         return EXIT_SAVED
+
+    def _leave_driver(self) -> None:
+        """End a driver that did not drain in time: what it committed is published without it."""
+        if self._driver is None:
+            return
+        # The end of its pipe would wake every wait from now on.
+        self._selector.unregister(self._driver.channel.read_fd)
+        if self._state.ended is None and self._state.driver_died is None:
+            self._interrupted_at = time.monotonic()
+            self._driver.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._driver.process.wait(timeout=_MARGIN_S)
 
     def _budget_s(self, at_most_s: float) -> float:
         """Return how long something may still take before Slurm ends this process."""
@@ -682,52 +634,38 @@ class Supervisor:
 
     def _publish_rest(self) -> bool:
         """Publish until nothing is left or time is up; return whether nothing is left."""
-        state, publishing = self._state, self._state.publishing
-        died = state.ended is None
-        deadline = time.monotonic() + self._budget_s(_FINAL_PUBLISH_S)
-        last_size = -1
-        while time.monotonic() < deadline and not publishing.damaged:
-            if publishing.in_flight_since is None and time.monotonic() >= publishing.retry_at:
-                if self._is_published(last_size, died=died):
+        schedule, begun = self._schedule, time.monotonic()
+        deadline = begun + self._budget_s(_FINAL_PUBLISH_S)
+        while (now := time.monotonic()) < deadline and not schedule.damaged:
+            if not schedule.in_flight and now >= schedule.retry_at:
+                if schedule.is_rest_published(self._state.ended):
                     return True
-                last_size = publishing.receipt if publishing.failures == 0 else -1
-                self._order_publication(driver_died=died)
-            self._wait(min(_TICK_S, max(0.01, publishing.retry_at - time.monotonic())))
+                self._order_publication(driver_died=self._state.ended is None)
+            self._wait(min(_TICK_S, max(0.01, schedule.retry_at - now)))
             for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
                 self._hear_publisher(report)
             if self._publisher.channel.closed:
                 self._replace_publisher()
+            self._heed_signals()
+            if self._state.stop_kind is not None:
+                limit = max(begun, self._state.stop_deadline) + _MARGIN_S
+                deadline = min(deadline, limit)
         return False
-
-    def _is_published(self, before: int, *, died: bool) -> bool:
-        """Tell whether the last receipt covers everything that the ledger holds."""
-        publishing = self._state.publishing
-        if self._state.ended is not None and not died:
-            has_any = publishing.seq > 0 or self._state.ended.last > 0
-            return publishing.receipt >= self._state.ended.last and has_any and before >= 0
-        # A dead driver cannot say how much it committed: a publication that adds nothing can.
-        return before >= 0 and publishing.receipt == before
 
     def _make_outcome(self, *, published: bool) -> Outcome:
         state = self._state
-        ended = state.ended
-        kind, reason, stage = "driver-died", state.driver_died or "", ""
-        if ended is not None:
-            kind, reason, stage = ended.kind, ended.reason, ended.stage
-        elif state.driver_died is None:
-            kind, reason = "terminated", "it did not drain in time"
-        if state.stop_kind is not None and kind in {"terminated", "driver-died"}:
-            kind, reason = state.stop_kind, state.stop_reason
-        if not published:
-            name, reason = "lost", f"{reason}; not everything could be published"
-        elif kind == "finished":
-            name = "done"
-        elif kind in {"stage-broken", "stage-start", "ray-start", "storage"}:
-            name = "broken"
-        else:
-            name = "superseded" if kind == "superseded" else "saved"
-        sources = state.publishing.sources
-        return Outcome(name, reason, kind, stage, sources, self._elapsed(), self._usable_s())
+        if state.stop_kind == "terminated" and self._allocation.element is not None:
+            view = look(self._allocation, timeout_s=self._budget_s(_MARGIN_S))
+            state.stop_kind, state.stop_reason = kind_of_sigterm(view), f"SIGTERM: {view}"
+        return make_outcome(
+            ended=state.ended,
+            died=("driver-died", state.driver_died) if state.driver_died else None,
+            stop=(state.stop_kind, state.stop_reason) if state.stop_kind else None,
+            published=published,
+            completed=self._schedule.sources,
+            elapsed_s=self._elapsed(),
+            usable_s=self._usable_s(),
+        )
 
     def _usable_s(self) -> float:
         """Return how long a fresh attempt can work under the time limit as it was given."""
@@ -736,21 +674,20 @@ class Supervisor:
             return 0.0
         return round(max(0.0, finish_by - self._ready_at), 3)
 
-    def _requeue_if_ours(self, outcome: Outcome) -> None:
-        """Requeue this element after a stop that Slurm will not restart by itself.
-
-        Only with progress: without any, the merge step decides, so no element is requeued
-        for ever.  A stop mark, a cancellation and a newer attempt all forbid it.
-        """
-        wanted = outcome.kind in {"terminated", "time-limit", "driver-died"}
-        if not (wanted and outcome.completed and self._settings.site.requeue):
+    def _requeue_if_ours(self, outcome: Outcome, *, stop_mark: bool | None) -> None:
+        """Requeue this element after a stop that Slurm will not restart by itself."""
+        element, allowed = self._allocation.element, self._settings.site.requeue
+        if element is None:
             return
-        if self._run.stop_requested() or not may_requeue_itself(self._allocation):
+        refused = why_not(
+            outcome, allowed=allowed, stop_mark=stop_mark, view=lambda: look(self._allocation)
+        )
+        if refused:
+            say(f"not requeued, the merge step takes over: {refused}")
             return
-        assert self._allocation.element is not None
         try:
-            slurm.requeue(self._allocation.element)
-            say(f"requeued {self._allocation.element}")
+            slurm.requeue(element)
+            say(f"requeued {element}")
         except HpcResumeError as error:
             say(f"not requeued, the merge step takes over: {error}")
 

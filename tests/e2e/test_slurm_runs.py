@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.cli import Command, attempt_pids, logs_of, wait_until
@@ -63,63 +61,6 @@ def test_two_tasks_killed(each_cluster: SlurmCluster) -> None:
     assert fan_result() == collected(command, run)
 
 
-def attempts_of(command: Command, run: Path) -> list[dict[str, object]]:
-    """Return the outcomes of all attempts of task 0 in round 0, oldest first."""
-    paths = sorted(run.glob("rounds/0000/tasks/00000/e*/outcome.json"))
-    return [json.loads(path.read_bytes()) for path in paths]
-
-
-def test_preemption_with_grace(slurm_cluster: SlurmCluster) -> None:
-    """
-    A preempted task drains and publishes within the grace period, requeues itself, and its
-    next attempt continues; no source is charged and none runs in vain.
-    """
-    command, run = submit(slurm_cluster, "--array", "1", "-c", "2", ms=250)
-    wait_until(
-        lambda: completed_by(command, run, 0),
-        timeout_s=120,
-        describe=lambda: slurm_cluster.evidence() + logs_of(run),
-    )
-    array = command.status(run)["rounds"][0]["job_id"]
-    slurm_cluster.preempt(f"{array}_0", hold_s=5)
-
-    status = command.wait_ended(run)
-
-    first, second = attempts_of(command, run)
-    assert ("saved", "terminated") == (first["state"], first["kind"])
-    assert "done" == second["state"]
-    assert "complete" == status["state"]
-    assert 1 == len(status["rounds"])
-    assert 200 == first["completed"] + second["completed"]
-    assert [] == command.json("failures", str(run))["failures"]
-    assert fan_result() == collected(command, run)
-
-
-def test_cancelled_element_stays_out(slurm_cluster: SlurmCluster) -> None:
-    """
-    scancel of one element means stop: it publishes what it has, the merge job reports its
-    shard and leaves it out, and submitting by hand takes it up again.
-    """
-    command, run = submit(slurm_cluster, "--array", "2", "-c", "2", ms=400)
-    wait_until(
-        lambda: completed_by(command, run, 1),
-        timeout_s=120,
-        describe=lambda: slurm_cluster.evidence() + logs_of(run),
-    )
-    array = command.status(run)["rounds"][0]["job_id"]
-    slurm_cluster.run("scancel", f"{array}_1")
-
-    stopped = command.wait_ended(run)
-    command.run("submit", str(run))
-    ended = command.wait_ended(run)
-
-    assert "stopped" == stopped["state"]
-    assert "were cancelled" in stopped["reason"]
-    assert 100 < stopped["sources"]["completed"] < 200
-    assert ("complete", 2) == (ended["state"], len(ended["rounds"]))
-    assert fan_result() == collected(command, run)
-
-
 @pytest.mark.parametrize(
     ("setting", "tasks"),
     [("MAX_ARRAY_SIZE=3", 3), ("MAX_SUBMIT=4", 2), ("ARRAYS=false", 4)],
@@ -139,57 +80,6 @@ def test_shards_are_packed(slurm_cluster: SlurmCluster, setting: str, tasks: int
     status = command.wait_ended(run)
 
     assert ("complete", [tasks]) == (status["state"], [r["tasks"] for r in status["rounds"]])
-    assert fan_result() == collected(command, run)
-
-
-def node_of(run: Path, attempt: int) -> str:
-    """Return the node that an attempt of task 0 in round 0 runs on."""
-    path = run / f"rounds/0000/tasks/00000/e{attempt:03d}/attempt.json"
-    return str(json.loads(path.read_bytes())["node"])
-
-
-def has_attempt(run: Path, attempt: int) -> bool:
-    """Tell whether task 0 of round 0 has had so many attempts."""
-    return (run / f"rounds/0000/tasks/00000/e{attempt:03d}/attempt.json").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("frozen", [False, True], ids=["alive", "frozen"])
-def test_node_failure_with_a_zombie(slurm_cluster: SlurmCluster, frozen: bool) -> None:
-    """
-    After the death of a slurmd the task runs elsewhere while its old attempt is still alive,
-    or is frozen and thawed after the run ended: the result holds every row once, and the old
-    attempt stops by itself.
-    """
-    command, run = submit(slurm_cluster, "--array", "1", "-c", "2", ms=1000)
-    wait_until(
-        lambda: completed_by(command, run, 0),
-        timeout_s=120,
-        describe=lambda: slurm_cluster.evidence() + logs_of(run),
-    )
-    old = psutil.Process(attempt_pids(run, 0, 0)[0])
-    family = [*old.children(recursive=True), old]
-    slurm_cluster.kill_node(node_of(run, 1))
-    if frozen:
-        for process in family:
-            process.suspend()
-    wait_until(
-        lambda: has_attempt(run, 2),
-        timeout_s=150,
-        describe=lambda: slurm_cluster.evidence() + logs_of(run),
-    )
-    status = command.wait_ended(run, timeout_s=300)
-    if frozen:
-        for process in family:
-            process.resume()
-    wait_until(lambda: not old.is_running(), timeout_s=90, describe=lambda: logs_of(run))
-
-    first, second = attempts_of(command, run)
-    assert ("superseded", "done") == (first["state"], second["state"])
-    assert "complete" == status["state"]
-    assert fan_result() == collected(command, run)
-    command.run("merge", str(run))
     assert fan_result() == collected(command, run)
 
 

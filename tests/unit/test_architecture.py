@@ -65,6 +65,7 @@ SLEEPERS = {
     "doctor/across.py": "when another node's file becomes visible has no event",
     "engine/pool.py": "with nothing under way there is nothing to wait for",
     "engine/ray_pool.py": "with nothing under way there is nothing to wait for",
+    "launch/stopping.py": "Slurm has no event for the end of a job",
     "testbed/processes.py": "Slurm's daemons have no event for being up",
 }
 """Files that may sleep, each with the reason why there is nothing to wait for."""

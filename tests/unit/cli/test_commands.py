@@ -12,6 +12,7 @@ import pytest
 
 from hpcresume import slurm
 from hpcresume.cli.logs import Tail
+from hpcresume.merge.plan import array_name
 from hpcresume.segment.segment import Progress, StageCount
 from tests.support.runs import make_run, publish_raw
 
@@ -298,7 +299,13 @@ def test_cancel_marks_before_it_asks_slurm(tmp_path, hpcresume, monkeypatch):
     """Merge jobs are cancelled before the array whose end would start them, after the mark."""
     made = make_run(tmp_path)
     made.job(cluster="slurm", array="7", merge="8", twin="9")
-    seen = []
+    name, seen = array_name(made.run, 0), []
+    queued = [("7", name), ("8", f"{name}-merge"), ("9", f"{name}-twin")]
+    monkeypatch.setattr(
+        slurm,
+        "queue",
+        lambda: [slurm.QueueEntry(j, j, None, n, "PENDING", None, None) for j, n in queued],
+    )
     monkeypatch.setattr(
         slurm, "cancel", lambda jobs: seen.append((list(jobs), made.run.stop_requested()))
     )

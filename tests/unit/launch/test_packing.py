@@ -103,7 +103,7 @@ def test_a_cluster_without_arrays(slurm_answers) -> None:
 
 def test_a_submit_limit(slurm_answers) -> None:
     """The limit of the QOS is what the site file is to say; now, queued jobs count as well."""
-    queue = "9|9|N/A|RUNNING|n1|None|merge\n8|8|N/A|COMPLETED|n1|None|old"
+    queue = "9|9|N/A|RUNNING|n1|None||merge\n8|8|N/A|COMPLETED|n1|None||old"
     slurm_answers(qos="normal|20|00:00:00", queue=queue)
     learned = learn(refusal(SUBMIT), site(), tasks=64)
     assert (16, 20) == (learned.most, learned.resolved.settings.site.max_submit)

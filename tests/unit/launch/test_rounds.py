@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpcresume import slurm
 from hpcresume.errors import RunDirError
 from hpcresume.launch.drive import merge_step
 from hpcresume.launch.rounds import plan_round, settle, stand, tasks_needed
-from hpcresume.launch.slurm_round import cancelled_tasks
-from hpcresume.merge.plan import Launch, array_name, open_plan
+from hpcresume.merge.plan import Launch, open_plan
 from hpcresume.run.directory import CLOSED
 from hpcresume.run.manifest import Listing, Manifest, write_part
 from hpcresume.segment.segment import Progress
@@ -181,35 +179,3 @@ def test_a_run_without_slurm_has_no_next_round_there(tmp_path):
 
     with pytest.raises(RunDirError, match=f"hpcresume submit {made.path}"):
         merge_step(made.run)
-
-
-def queue_of(monkeypatch, made, *entries):
-    """Let squeue answer with entries (array, task, state) of round 0."""
-    name = array_name(made.run, 0)
-    found = [
-        slurm.QueueEntry(
-            array if task is None else f"{array}_{task}", array, task, name, state, None, None
-        )
-        for array, task, state in entries
-    ]
-    monkeypatch.setattr(slurm, "queue", lambda **_: found)
-
-
-def test_only_elements_of_the_owner_count_as_cancelled(tmp_path, monkeypatch):
-    """Somebody cancels the array that had lost the round: no shard is kept back for that."""
-    made = make_run(tmp_path, tasks=3)
-    queue_of(monkeypatch, made, ("7", 0, "COMPLETED"), ("7", 2, "CANCELLED"), ("9", 1, "CANCELLED"))
-    unclaimed = cancelled_tasks(made.run, 0)
-    made.run.claim_round(0, "7")
-
-    assert ([1, 2], [2]) == (unclaimed, cancelled_tasks(made.run, 0))
-
-
-def test_cancelled_single_jobs_are_told_by_their_place(tmp_path, monkeypatch):
-    """Without arrays a job's task is its place in the record of its submission."""
-    made = make_run(tmp_path, tasks=3)
-    made.job(cluster="slurm", array="7,8,9")
-    made.run.claim_round(0, "c0ffee")
-    queue_of(monkeypatch, made, ("7", None, "COMPLETED"), ("9", None, "CANCELLED"))
-
-    assert [2] == cancelled_tasks(made.run, 0)

@@ -89,6 +89,12 @@ def test_spans_and_unions() -> None:
     assert [] == list(bitmaps.union([]))
 
 
+def test_groups_that_share_nothing() -> None:
+    """Of overlapping groups the smallest keep what they hold; nothing comes twice."""
+    groups = [bitmaps.span(0, 4), BitMap([1]), BitMap([1]), BitMap([4, 1])]
+    assert [[1], [4], [0, 2, 3]] == [list(group) for group in bitmaps.disjoint(groups)]
+
+
 # -- frames -----------------------------------------------------------------------------------
 
 
