@@ -297,7 +297,8 @@ def test_cancel_signals_only_local_tasks_of_this_host(tmp_path, hpcresume, sleep
 
 def test_cancel_marks_before_it_asks_slurm(tmp_path, hpcresume, monkeypatch):
     """Merge jobs are cancelled before the array whose end would start them, after the mark."""
-    made = make_run(tmp_path)
+    made = make_run(tmp_path, tasks=None)
+    made.plan(cluster="slurm")
     made.job(cluster="slurm", array="7", merge="8", twin="9")
     name, seen = array_name(made.run, 0), []
     queued = [("7", name), ("8", f"{name}-merge"), ("9", f"{name}-twin")]
