@@ -118,6 +118,8 @@ class JobInfo:
     """None also where the job has no limit."""
     node_list: str | None = None
     exit_code: str | None = None
+    step_exit_code: str | None = None
+    """The highest of its steps', which is lost in the job's own; only where asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,11 +359,21 @@ def _queue_entry(line: str) -> QueueEntry:
 
 
 def show_job(
-    job: str, *, conf: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    job: str,
+    *,
+    details: bool = False,
+    conf: Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[JobInfo]:
     """Return what the controller knows of a job: one record, or one per part of an array.
 
     Empty where the controller has forgotten the job (some minutes after its end).
+
+    Args:
+        job: Its id, or one element's.
+        details: Ask for the steps' exit code too.
+        conf: As for :func:`sbatch`.
+        timeout_s: As for :func:`sbatch`.
 
     Raises:
         SlurmMissingError: There is no scontrol here.
@@ -369,7 +381,8 @@ def show_job(
         SlurmRefusedError: Slurm refused.
     """
     try:
-        stdout = _run(["scontrol", "show", "job", "-o", job], conf=conf, timeout_s=timeout_s)
+        command = ["scontrol", "show", "job", "-o", *(["-d"] if details else []), job]
+        stdout = _run(command, conf=conf, timeout_s=timeout_s)
     except SlurmRefusedError as error:
         if _NO_SUCH_JOB in error.fields["stderr"]:
             return []
@@ -410,6 +423,7 @@ def _job_info(line: str) -> JobInfo:
         time_limit_s=parse_duration(fields.get("TimeLimit")),
         node_list=_text(fields.get("NodeList")),
         exit_code=_text(fields.get("ExitCode")),
+        step_exit_code=_text(fields.get("DerivedExitCode")),
     )
 
 

@@ -56,7 +56,7 @@ def print_scripts(submission: Submission, *, as_json: bool, explain: bool) -> No
         # First, so that they can be read where a template cannot be rendered.
         _print_settings(resolved)
     found = preview(submission, loaded, resolved)
-    array, merge = found.array_script(), found.merge_script()
+    arrays, merge = found.array_scripts(), found.merge_script()
     _say_what(found)
     if as_json:
         footer = found.plan.footer
@@ -65,15 +65,17 @@ def print_scripts(submission: Submission, *, as_json: bool, explain: bool) -> No
             "site": resolved.site_name,
             "round": footer.round,
             "tasks": footer.tasks,
-            "script": found.script_path,
-            "array": array,
+            "script": next(iter(arrays)),
+            "array": next(iter(arrays.values())),
+            "arrays": arrays,
             "merge": merge,
             "notes": found.notes,
         }
         emit_json(values | ({"settings": _settings(resolved)} if explain else {}))
         return
-    click.echo(f"# {found.script_path}: the job array")
-    click.echo(array)
+    for path, text in arrays.items():
+        click.echo(f"# {path}: {'a' if len(arrays) > 1 else 'the'} job array")
+        click.echo(text)
     click.echo("# the merge job, which runs when the array has ended")
     click.echo(merge, nl=False)
 

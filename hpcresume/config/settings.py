@@ -39,6 +39,7 @@ OptionName = Annotated[
     str,
     Meta(pattern=r"^[a-z][a-z0-9-]*$", description="an sbatch option's name without its dashes"),
 ]
+Factor = Annotated[float, Meta(ge=1, le=16, description="a factor, 1 to 16")]
 Mode = Annotated[str, Meta(pattern=r"^0?7[0-7]{2}$", description="an octal mode such as 0700")]
 
 
@@ -128,6 +129,8 @@ class SiteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_submit: Count
     submit_from_compute: bool
     memory_style: Literal["mem", "mem-per-cpu", "none"]
+    memory_step: Factor
+    memory_max: Memory
     gpu_style: Literal["gpus-per-task", "gres", "gpus-per-node", "none"]
     node_local: list[str]
     python: str

@@ -1,7 +1,8 @@
 """Which sources are started next, and whether there is time left for them.
 
 In this order: suspects, alone; sources that an earlier attempt was interrupted on, longest
-first; failed sources, at the end of the shard; fresh ones.  Near the end of the time limit
+first; failed sources, at the end of the shard; fresh ones; after all others, alone, those
+that memory ran out for.  Near the end of the time limit
 only those are started that are expected to finish: an interrupted source needs longer than
 it ran, any other one what the sources that completed took per unit of weight.  What does not
 fit is passed over, not taken; it fits again when the limit is raised.
@@ -76,6 +77,8 @@ class Admission:
         self._too_long: list[int] = []
         self._again: deque[int] = deque()
         self._deadly: set[int] = set()
+        self._hungry: deque[int] = deque()
+        self._has_hungered: set[int] = set()
         self._finish_by: float | None = None
         self.pace = Pace()
         self.lacks_time = False
@@ -83,7 +86,7 @@ class Admission:
     @property
     def failing(self) -> int:
         """Failed sources that are to be tried again now."""
-        return len(self._again)
+        return len(self._again) + len(self._hungry)
 
     def set_limit(self, finish_by: float | None) -> None:
         """Say when the last source has to be finished, on the clock; None: no limit."""
@@ -104,10 +107,23 @@ class Admission:
         """Remember sources that ended their worker: they are tried last, one by one."""
         self._deadly.update(sources)
 
+    def note_hungry(self, sources: Iterable[int]) -> None:
+        """Remember sources that memory ran out for: tried again, they are alone."""
+        self._has_hungered.update(sources)
+
+    def put_off(self, source: int) -> None:
+        """Start a source once more, uncharged and alone, when nothing else is left."""
+        if source not in self._hungry:
+            self._hungry.append(source)
+
     def try_again(self) -> bool:
-        """Take up the sources that failed so far; return whether there are any."""
+        """Take up the sources that failed so far, or one put off; return whether there are any."""
         retries = self._judge.take_retries()
-        self._again.extend(sorted(retries, key=lambda source: source in self._deadly))
+        for source in sorted(retries, key=lambda source: source in self._deadly):
+            (self._hungry if source in self._has_hungered else self._again).append(source)
+        if not retries and not self._again and self._hungry:
+            retries = [self._hungry.popleft()]
+            self._alone.append(BitMap(retries))
         self.lacks_time = self.lacks_time and not retries
         return bool(retries)
 

@@ -10,6 +10,9 @@ from typing import Any
 from hpcresume.ids import ROOT, ItemPath
 from hpcresume.segment.segment import StageCount
 
+OUT_OF_MEMORY = "out-of-memory"
+"""Kind of a failure for want of memory; it is charged only where nothing else ran."""
+
 
 @dataclass(slots=True)
 class Inputs:
@@ -126,6 +129,7 @@ class SlotFailure:
         retry: Whether to try the source again.
         after_success: Whether the stage had worked for another source since its last
             failure in this call.
+        short_mib: Memory that was not enough for it, where a later round gives it more.
     """
 
     slot: int
@@ -136,6 +140,7 @@ class SlotFailure:
     traceback: str = ""
     retry: bool = True
     after_success: bool = False
+    short_mib: int = 0
 
 
 @dataclass(slots=True)

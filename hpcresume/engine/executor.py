@@ -8,10 +8,15 @@ and failures to its listener, and asks its pool for events.
 Who is charged when something dies: the call that a dead worker was working on is suspect.
 If the worker's mark names a source, that source is run alone; otherwise the call is run
 again in halves, and then alone.  Only a death while alone is charged, to that source.
+
+When memory runs out the kernel takes the largest worker, which may be innocent: what it was
+working on runs again at the end of the shard with nothing beside it.  Only if it does not fit
+even then it is charged, and goes to a later round that gives it more where there is more.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -24,7 +29,7 @@ from pyroaring import BitMap
 
 from hpcresume.engine.admission import Admission, Feed
 from hpcresume.engine.assembly import Assembly
-from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
+from hpcresume.engine.calls import OUT_OF_MEMORY, ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.groups import Group
 from hpcresume.engine.judge import Judge, StageBrokenError
 from hpcresume.engine.pool import (
@@ -85,6 +90,8 @@ class Limits:
         chunk_max: Most items in one call.
         waiting_max: Most items that wait between groups before sources are held back.
         waiting_max_bytes: The same in bytes.
+        memory_mib: Memory of the array task, for messages; 0: not known.
+        memory_limit: Why a source that needs more cannot be given it; empty: it can.
     """
 
     max_attempts: int = 3
@@ -92,6 +99,8 @@ class Limits:
     chunk_max: int = 4096
     waiting_max: int = 8192
     waiting_max_bytes: int = 128 << 20
+    memory_mib: int = 0
+    memory_limit: str = ""
 
 
 class Executor:
@@ -199,6 +208,11 @@ class Executor:
     def failing(self) -> int:
         """Sources that failed and are to be tried again by this attempt."""
         return self._judge.failing + self._admission.failing
+
+    @property
+    def deferred(self) -> int:
+        """Sources that wait for a round that gives them more memory."""
+        return self._judge.deferred
 
     def counts(self) -> list[StageCount]:
         """Return the counters of every stage, in order."""
@@ -385,7 +399,8 @@ class Executor:
             self._learn(state, chunk, result)
             self._account(chunk, result)
             # Last, since a broken stage ends the run here and what succeeded must stay.
-            self._judge.judge(chunk.inputs, result.failures, worked=result.worked)
+            failures = self._without_starved(chunk, result.failures)
+            self._judge.judge(chunk.inputs, failures, worked=result.worked)
         self._listener.ended(event.call)
         if worker.calls and not state.group.is_async:
             self._listener.began(worker.calls[0])
@@ -485,7 +500,9 @@ class Executor:
     def _suspect(self, state: GroupState, chunk: Chunk, event: Died) -> None:
         inputs = chunk.inputs
         slots = [s for s, source in enumerate(inputs.sources) if source == event.source]
-        if event.overdue and slots:
+        if event.out_of_memory and (slots or len(set(inputs.sources)) == 1):
+            self._starved(state, chunk, slots or [0], event)
+        elif event.overdue and slots:
             rest = [slot for slot in range(len(inputs)) if slot not in set(slots)]
             state.enqueue(Chunk(inputs.select(rest), chunk.group), front=True)
             self._charge(chunk, slots, event, kind="timeout")
@@ -503,6 +520,54 @@ class Executor:
             middle = len(inputs) // 2
             state.enqueue(self._isolated(chunk, range(middle, len(inputs))), front=True)
             state.enqueue(self._isolated(chunk, range(middle)), front=True)
+
+    def _starved(self, state: GroupState, chunk: Chunk, slots: Sequence[int], event: Died) -> None:
+        """Put a source off that memory ran out for, or charge it where nothing ran beside it."""
+        source = chunk.inputs.sources[slots[0]]
+        self._admission.note_hungry([source])
+        if self._has_all_memory(chunk):
+            self._charge(chunk, slots[:1], event, kind=OUT_OF_MEMORY)
+            return
+        self._put_off(source)
+        rest = [slot for slot, other in enumerate(chunk.inputs.sources) if other != source]
+        others = self._isolated(chunk, rest)
+        others.isolated = chunk.isolated
+        state.enqueue(others, front=True)
+
+    def _without_starved(
+        self, chunk: Chunk, failures: Sequence[SlotFailure]
+    ) -> Sequence[SlotFailure]:
+        """Return a call's failures without those for which other calls' memory may be why."""
+        if not any(failed.kind == OUT_OF_MEMORY for failed in failures):
+            return failures
+        starved = [failed for failed in failures if failed.kind == OUT_OF_MEMORY]
+        sources = {chunk.inputs.sources[failed.slot] for failed in starved}
+        self._admission.note_hungry(sources)
+        if self._has_all_memory(chunk):
+            return [self._short(failed) for failed in failures]
+        for source in sorted(sources):
+            self._put_off(source)
+        return [failed for failed in failures if failed.kind != OUT_OF_MEMORY]
+
+    @staticmethod
+    def _has_all_memory(chunk: Chunk) -> bool:
+        return chunk.exclusive and len(set(chunk.inputs.sources)) == 1
+
+    def _put_off(self, source: int) -> None:
+        """Run a source again from its beginning, alone, when nothing else is left."""
+        if self._assembly is not None:
+            self._assembly.forget(source)
+        self._admission.put_off(source)
+
+    def _short(self, failed: SlotFailure) -> SlotFailure:
+        """Return a failure for want of memory with what comes next."""
+        if failed.kind != OUT_OF_MEMORY:
+            return failed
+        mib, limit = self._limits.memory_mib, self._limits.memory_limit
+        size = f"{mib} MiB were" if mib else "The memory of the task was"
+        message = f"{failed.message}; {size} not enough for it alone. "
+        message += limit or "It is tried again with more"
+        return dataclasses.replace(failed, message=message, short_mib=0 if limit else mib)
 
     def _isolated(self, chunk: Chunk, slots: Sequence[int]) -> Chunk:
         inputs = chunk.inputs.select(slots)
@@ -524,7 +589,8 @@ class Executor:
             )
             for slot in slots
         ]
+        failures = [self._short(failed) for failed in failures]
         self._admission.note_deadly(inputs.sources[slot] for slot in slots)
         if self._assembly is not None:
             self._assembly.fail(inputs, slots)
-        self._judge.judge(inputs, failures, may_wait=is_known)
+        self._judge.judge(inputs, failures, may_wait=is_known and not event.out_of_memory)

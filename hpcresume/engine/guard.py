@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
+from hpcresume.engine.calls import OUT_OF_MEMORY
 from hpcresume.engine.mark import Mark
+from hpcresume.pipeline.child import CommandOutOfMemoryError
 from hpcresume.pipeline.sentinels import Failed
 
 _TRACEBACK_CHARS = 8000
@@ -96,7 +98,8 @@ def reason(
             True,
         )
     message = str(error).strip() or type(error).__name__
-    return type(error).__name__, message, user_traceback(error), True
+    kind = OUT_OF_MEMORY if isinstance(error, CommandOutOfMemoryError) else type(error).__name__
+    return kind, message, user_traceback(error), True
 
 
 def user_traceback(error: BaseException) -> str:

@@ -43,7 +43,7 @@ class Judge:
         max_attempts: Tries after which a source is quarantined.
         attempts: Tries that were charged before, by source.
         charge: Told every failure that is charged.
-        give_up: Told every source that is quarantined.
+        give_up: Told every source that this attempt does not try again.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Judge:
         self._held: set[int] = set()
         self._retries: list[int] = []
         self.quarantined = 0
+        self.deferred = 0
 
     @property
     def failing(self) -> int:
@@ -101,7 +102,7 @@ class Judge:
             if source in self._held or self._charged.get(source, 0) >= attempt:
                 continue
             failure = _as_failure(inputs, failed)
-            if may_wait and attempt == 1 and failed.retry:
+            if may_wait and attempt == 1 and failed.retry and not failed.short_mib:
                 self._extend(failure, after_success=failed.after_success)
             else:
                 self._charge(failure)
@@ -141,7 +142,10 @@ class Judge:
         source = failure.source
         self._charged[source] = max(self._charged.get(source, 0), failure.attempt)
         self._tell(failure)
-        if failure.retry and failure.attempt < self._max_attempts:
+        if failure.short_mib:
+            self.deferred += 1
+            self._give_up(source)
+        elif failure.retry and failure.attempt < self._max_attempts:
             self._retries.append(source)
         else:
             self.quarantined += 1
@@ -159,4 +163,5 @@ def _as_failure(inputs: Inputs, failed: SlotFailure) -> Failure:
         traceback=failed.traceback,
         attempt=inputs.attempt(failed.slot),
         retry=failed.retry,
+        short_mib=failed.short_mib,
     )

@@ -50,6 +50,7 @@ class Died:
         source: Index of the source it was working on, None where it is not known.
         stage: Number of the stage it was running.
         overdue: Whether the driver killed it because that source ran past its timeout.
+        out_of_memory: Whether the kernel killed it because the task's memory ran out.
     """
 
     worker: WorkerRef
@@ -57,6 +58,7 @@ class Died:
     source: int | None
     stage: int
     overdue: bool = False
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,13 @@ Event = Finished | Died | Started | StartFailed
 
 
 class Pool(Protocol):
-    """Workers of all groups; no method blocks longer than it says."""
+    """Workers of all groups; no method blocks longer than it says.
+
+    Attributes:
+        oom_deaths: Workers that the kernel has killed because memory ran out.
+    """
+
+    oom_deaths: int
 
     def start(self, worker: WorkerRef) -> None:
         """Begin to start a worker; ``Started`` or ``StartFailed`` follows."""
@@ -115,6 +123,7 @@ class InlinePool:
         seconds_left: Callable[[], float | None],
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
+        self.oom_deaths = 0
         self._on_error = on_error
         self._pipeline, self._groups, self._run_id = pipeline, groups, run_id
         self._scratch, self._outputs, self._seconds_left = scratch, outputs, seconds_left

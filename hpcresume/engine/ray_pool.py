@@ -27,6 +27,7 @@ from hpcresume.engine.pool import (
 )
 from hpcresume.engine.worker import AsyncStageWorker, StageWorker, WorkerSetup
 from hpcresume.errors import InternalError
+from hpcresume.memory import MemoryGroup
 
 _OVERDUE_GRACE_S = 5.0
 _LAST_WORDS_BYTES = 4000
@@ -55,6 +56,7 @@ class RayPool:
         make_setup: Returns the set-up of a worker, given its group and its mark's path.
         marks: Node-local directory for the workers' marks.
         check: Called at every wait; raises when Ray itself is gone.
+        memory: Counts what the kernel killed because memory ran out; None: nobody knows.
     """
 
     def __init__(
@@ -64,8 +66,11 @@ class RayPool:
         make_setup: Callable[[Group, int, str], WorkerSetup],
         marks: str,
         check: Callable[[], None],
+        memory: MemoryGroup | None = None,
     ) -> None:
         self._groups, self._make_setup, self._marks, self._check = groups, make_setup, marks, check
+        self._memory = memory or MemoryGroup()
+        self._kills_before, self.oom_deaths = self._memory.kills(), 0
         self._lack = self._lacking()
         self._actors: dict[WorkerRef, _Actor] = {}
         self._refs: dict[Any, WorkerRef] = {}
@@ -142,8 +147,8 @@ class RayPool:
         actor = self._actors[worker]
         try:
             value = ray.get(ref, timeout=60)
-        except _DEATHS as error:
-            self._bury(worker, reason=self._last_words(actor, error))
+        except _DEATHS:
+            self._bury(worker, reason=self._last_words(actor))
             return
         except ray.exceptions.RayTaskError as error:
             raise InternalError(
@@ -169,14 +174,34 @@ class RayPool:
         # It may be cut off rather than dead.
         ray.kill(actor.handle)
         children.end(actor.mark_path)
+        ran_out = overdue is None and self._has_run_out()
+        if ran_out:
+            reason = "the task's memory ran out, and the kernel killed the worker process"
         if not actor.started:
             self._events.append(StartFailed(worker, f"its process died during set-up: {reason}"))
             return
         self._salvage(actor)
         seen = overdue or actor.mark.look()
         self._events.append(
-            Died(worker, reason, seen.source, seen.stage, overdue=overdue is not None)
+            Died(
+                worker,
+                reason,
+                seen.source,
+                seen.stage,
+                overdue=overdue is not None,
+                out_of_memory=ran_out,
+            )
         )
+
+    def _has_run_out(self) -> bool:
+        """Tell whether the kernel has killed more than the workers that are known to be dead.
+
+        It may have been something that a stage started; to think that it was the worker
+        charges nobody.
+        """
+        ran_out = self._memory.kills() - self._kills_before > self.oom_deaths
+        self.oom_deaths += ran_out
+        return ran_out
 
     def _salvage(self, actor: _Actor) -> None:
         """Keep the results of calls that finished before their worker died."""
@@ -184,13 +209,11 @@ class RayPool:
             with contextlib.suppress(ray.exceptions.RayError):
                 self._events.append(Finished(call, ray.get(ref, timeout=0)))
 
-    def _last_words(self, actor: _Actor, error: Exception) -> str:
+    def _last_words(self, actor: _Actor) -> str:
         with contextlib.suppress(OSError), open(actor.mark_path + ".fault", "rb") as file:
             words = file.read(_LAST_WORDS_BYTES).decode("utf-8", "replace").strip()
             if words:
                 return f"the worker process crashed: {words}"
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
-            return f"the worker process ran out of memory: {error}"
         return (
             "the worker process ended without a word: os._exit() in a stage, or SIGKILL from "
             "outside, as the kernel sends when memory runs out"

@@ -43,14 +43,17 @@ def _ask_queue(run: RunDir, plan: Plan) -> dict[int, str]:
     """Return how array tasks ended, as far as squeue remembers."""
     round_ = plan.footer.round
     single = _single_jobs(run, plan)
-    owner = run.round_owner(round_)
     entries = slurm.queue(name=array_name(run, round_))
-    # Of two arrays for one round only the one that claimed it has worked on it.
-    owned = [entry for entry in entries if entry.array_job_id == owner] or entries
+    present = {entry.array_job_id for entry in entries}
+    owners = {array.first: run.round_owner(round_, first=array.first) for array in plan.arrays}
     states = {}
-    for entry in owned:
+    for entry in entries:
         task = single.get(entry.job_id, entry.array_task)
-        if task is not None:
+        if task is None:
+            continue
+        # Of two arrays for the same tasks only the one that claimed them has worked on them.
+        owner = owners[plan.array_of(task).first]
+        if owner not in present or entry.array_job_id == owner:
             states[task] = entry.state.split(" ")[0]
     return states
 

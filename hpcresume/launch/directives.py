@@ -156,10 +156,18 @@ def _memory(mem: str, *, cpus: int, style: str) -> dict[str, str | None]:
         return {}
     if style == "mem":
         return {"mem": mem}
+    return {"mem-per-cpu": f"{-(-_kilobytes(mem) // (1024 * cpus))}M"}
+
+
+def mebibytes(mem: str) -> int:
+    """Return the MiB of a size as sbatch spells it, rounded up."""
+    return -(-_kilobytes(mem) // 1024)
+
+
+def _kilobytes(mem: str) -> int:
     match = _MEMORY.fullmatch(mem)
     assert match is not None, "the settings' pattern admits nothing else"
-    kilobytes = int(match["size"]) * _KILOBYTES[match["unit"].upper()]
-    return {"mem-per-cpu": f"{-(-kilobytes // (1024 * cpus))}M"}
+    return int(match["size"]) * _KILOBYTES[match["unit"].upper()]
 
 
 def _gpus(count: int, *, style: str) -> dict[str, str | None]:

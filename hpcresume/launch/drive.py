@@ -25,6 +25,7 @@ from hpcresume.launch.rounds import (
     Standing,
     mark_finished,
     newest_plan,
+    note_starved,
     plan_round,
     plan_settings,
     run_finish,
@@ -33,7 +34,10 @@ from hpcresume.launch.rounds import (
 )
 from hpcresume.launch.slurm_round import (
     active_jobs,
+    close_round,
     nodes_without_attempt,
+    slurm_ladder,
+    starved_tasks,
     submit_round,
     take_up,
 )
@@ -165,6 +169,9 @@ def _merge_once(run: RunDir) -> Step:
             return Step("cancelled" if job is None else "running", standing, round_, job)
         # What its tasks published before they ended may have come since.
         standing = settle(run, manifest, settings, judge=True)
+        starved = starved_tasks(run, round_)
+        if starved:
+            standing = note_starved(run, manifest, settings, starved)
         tasks = cancelled_tasks(run, plan, standing.remainder)
         standing = withhold(run, manifest, settings, tasks)
     if not standing.remainder and not standing.union.withheld:
@@ -207,7 +214,7 @@ def submit_planned(
                 state = "cancelled" if job is None else "submitted"
                 return Step(state, standing, footer.round, job, tuple(notes))
         resolved, notes = learned.resolved, [*notes, learned.note]
-        run.close_round(footer.round)
+        close_round(run, plan)
         # Another merge may have planned it first.
         with contextlib.suppress(FileExistsError):
             plan_round(
@@ -219,6 +226,7 @@ def submit_planned(
                 code=footer.code,
                 launch=footer.launch,
                 at_most=learned.most,
+                ladder=slurm_ladder(run, footer.launch, resolved),
             )
         plan = open_plan(run, run.rounds()[-1])
 
@@ -229,15 +237,17 @@ def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) 
     Raises:
         FileExistsError: Another merge planned it first.
     """
-    run.close_round(plan.footer.round)
+    close_round(run, plan)
+    resolved = dataclasses.replace(reload_settings(plan), settings=without_bad_nodes(run, plan))
     return plan_round(
         run,
         manifest,
         standing,
         after=plan,
-        settings=without_bad_nodes(run, plan),
+        settings=resolved.settings,
         code=run.code_numbers()[-1],
         launch=plan.footer.launch,
+        ladder=slurm_ladder(run, plan.footer.launch, resolved),
     )
 
 

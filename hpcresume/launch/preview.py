@@ -6,23 +6,27 @@ import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pyroaring import BitMap
+
 from hpcresume.config import Resolved, Settings
 from hpcresume.errors import RunDirError, UsageError
 from hpcresume.fs import POSIX
-from hpcresume.launch.packing import capacity
+from hpcresume.launch.ladder import make_ladder
 from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
-from hpcresume.launch.rounds import newest_plan, stand
-from hpcresume.launch.slurm_round import make_array_job, make_merge_job
+from hpcresume.launch.rounds import Standing, newest_plan, share_tasks, stand
+from hpcresume.launch.slurm_round import make_array_jobs, make_merge_job
 from hpcresume.launch.submit import Submission, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME
-from hpcresume.merge.plan import KIND, Launch, Plan, PlanFooter
+from hpcresume.merge.generation import Union
+from hpcresume.merge.plan import KIND, ArrayPlan, Launch, Plan, PlanFooter
 from hpcresume.pipeline.load import LoadedPipeline, load_pipeline, load_snapshot, parse_target
 from hpcresume.pipeline.params import parameter_digest
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.pipeline.sources import Indexed
 from hpcresume.run.directory import FORMAT_VERSION, RunDir, RunInfo
 from hpcresume.run.manifest import Manifest
+from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import Container
 
 NEW_RUN_ID = "<run-id>"
@@ -46,18 +50,14 @@ class Preview:
     resolved: Resolved
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def script_path(self) -> str:
-        """Where the job array's script would lie."""
-        return str(make_array_job(self.run, self.plan).folder / SCRIPT_NAME)
-
-    def array_script(self) -> str:
-        """Return the job array's batch script.
+    def array_scripts(self) -> dict[str, str]:
+        """Return the batch script of each job array, by the path where it would lie.
 
         Raises:
             ConfigError: As :func:`~hpcresume.launch.rendering.render_array`.
         """
-        return render_array(make_array_job(self.run, self.plan), self.resolved)
+        jobs = make_array_jobs(self.run, self.plan, self.resolved)
+        return {str(job.folder / SCRIPT_NAME): render_array(job, self.resolved) for job in jobs}
 
     def merge_script(self) -> str:
         """Return the merge job's batch script, with ``<array>`` for the id it waits for.
@@ -116,19 +116,21 @@ def preview(submission: Submission, loaded: LoadedPipeline, resolved: Resolved) 
         site=resolved.site_name,
         cwd=str(submission.cwd.absolute()),
     )
-    left = _count_left(run if exists else None, loaded.pipeline, resolved.settings, launch.array)
+    left = _left(run if exists else None, loaded.pipeline, resolved.settings, launch.array)
+    arrays = _arrays(left, launch, resolved)
     footer = PlanFooter(
         run_id=run.run_id,
         round=last.footer.round + 1 if last else 0,
         generation=0,
         code=0,
-        sources=left,
-        tasks=max(1, min(launch.array, left, capacity(resolved.settings.site))),
+        sources=len(left.remainder),
+        tasks=sum(array.tasks for array in arrays),
         settings={},
         launch=launch,
+        arrays=arrays,
     )
     notes = _refusals(run, loaded, submission) if exists else []
-    if not left:
+    if not left.remainder:
         notes.append("no source is left: submit would submit nothing")
     container = Container(run.fs, run.plan_path(footer.round), KIND, footer, (), b"", 0)
     return Preview(run, Plan(container), resolved, notes)
@@ -159,19 +161,34 @@ def _run_to_be(path: Path, submission: Submission, loaded: LoadedPipeline) -> Ru
     return RunDir(str(path), info, POSIX)
 
 
-def _count_left(run: RunDir | None, pipeline: Pipeline, settings: Settings, most: int) -> int:
-    """Return how many sources the round would deal; from ``most`` on, just that many."""
-    left, known = 0, 0
+def _left(run: RunDir | None, pipeline: Pipeline, settings: Settings, most: int) -> Standing:
+    """Return what the round would deal; of sources not listed yet no more than ``most``."""
+    standing, known = Standing(Union(), BitMap(), 0), 0
     if run is not None and run.part_numbers():
         manifest = Manifest.open(run)
-        left, known = len(stand(run, manifest, settings).remainder), manifest.total
+        standing, known = stand(run, manifest, settings), manifest.total
+    left = len(standing.remainder)
     if left >= most:
-        return left
+        return standing
     sources = pipeline.sources
     if isinstance(sources, Indexed):
-        return left + max(0, len(sources) - known)
-    grown = itertools.islice(sources, known, known + most - left)
-    return left + sum(1 for _ in grown)
+        grown = max(0, len(sources) - known)
+    else:
+        grown = sum(1 for _ in itertools.islice(sources, known, known + most - left))
+    remainder = standing.remainder | bitmaps.span(known, known + grown)
+    return Standing(standing.union, remainder, standing.total + grown)
+
+
+def _arrays(left: Standing, launch: Launch, resolved: Resolved) -> list[ArrayPlan]:
+    """Return the round's arrays; Slurm is not asked whether it would grant them."""
+    ladder = make_ladder(resolved.settings, lambda _mib: True)
+    arrays, first = [], 0
+    for demand, tasks in share_tasks(
+        left, resolved.settings.site, launch, ladder, most=launch.array
+    ):
+        arrays.append(ArrayPlan(first, tasks, demand.memory_mib, demand.limit))
+        first += tasks
+    return arrays or [ArrayPlan(0, 1)]
 
 
 def _refusals(run: RunDir, loaded: LoadedPipeline, submission: Submission) -> list[str]:

@@ -44,7 +44,8 @@ class ArrayJob:
         run_dir: The run directory.
         folder: Folder below it for this array's script, pickle and submitit's results.
         log_dir: Folder of the logs, ``<array>_<index>.out`` and ``.err``.
-        tasks: Number of elements; their indexes are 0 to ``tasks - 1``.
+        tasks: Number of elements.
+        first: Index of the first of them; they are numbered through the round.
         throttle: Elements that may run at once; 0: all.
         request: What each asks for; None: the settings' ``[request]``.
         environment: Further variables to export.
@@ -57,6 +58,7 @@ class ArrayJob:
     folder: Path
     log_dir: Path
     tasks: int
+    first: int = 0
     throttle: int = 0
     request: Request | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -141,7 +143,8 @@ def array_directives(job: ArrayJob, resolved: Resolved) -> Directives:
     request = _request(job, resolved)
     logs = _path(job.log_dir)
     stem = "%A_%a" if job.index is None else f"%j_{job.index}"
-    array = f"0-{job.tasks - 1}" + (f"%{job.throttle}" if job.throttle else "")
+    indexes = f"{job.first}-{job.first + job.tasks - 1}"
+    array = indexes + (f"%{job.throttle}" if job.throttle else "")
     options: dict[str, str | None] = {
         "job-name": job.name,
         "array": array if job.index is None else "",

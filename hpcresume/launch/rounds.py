@@ -16,11 +16,12 @@ from typing import Any
 import msgspec
 from pyroaring import BitMap
 
-from hpcresume.config.settings import Settings
+from hpcresume.config.settings import Settings, SiteSettings
 from hpcresume.errors import InternalError
 from hpcresume.failpoints import failpoint
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
+from hpcresume.launch.ladder import Demand, Ladder, fold
 from hpcresume.launch.packing import capacity
 from hpcresume.merge.generation import (
     Union,
@@ -30,12 +31,14 @@ from hpcresume.merge.generation import (
     write_generation,
 )
 from hpcresume.merge.plan import (
+    ArrayPlan,
     Launch,
     Plan,
     PlanFooter,
     deal,
     make_shards,
     open_plan,
+    share,
     write_plan,
 )
 from hpcresume.pipeline.pipeline import Pipeline
@@ -48,6 +51,7 @@ _TRIES = 5
 _SAMPLE = 1000
 _BROKEN_ROUNDS = 2
 _NAMED = 3
+_ONE_MACHINE = "On one machine there is no more to give: run fewer tasks, or split the source"
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,34 @@ def pardon(run: RunDir, round_: RoundIndex | int, tasks: list[int]) -> None:
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 
+def note_starved(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[int]) -> Standing:
+    """Give more memory to what is left of array tasks that ended for want of it, all at once.
+
+    Where Slurm ends the whole step on an out-of-memory kill nobody is left to say which
+    sources were in flight, so it is everything that was not published.
+    """
+    plan = newest_plan(run)
+    assert plan is not None
+    for _ in range(_TRIES):
+        standing = stand(run, manifest, settings)
+        union, before = standing.union, learnt(standing)
+        for task in tasks:
+            attempts = run.attempts(plan.footer.round, task)
+            info = run.attempt_info(attempts[-1]) if attempts else None
+            said = run.outcome(attempts[-1]) if attempts else None
+            if info is None or not info.memory_mib or said is not None:
+                continue
+            if not plan.array_of(task).limit:
+                union.note_short(plan.shard(task).bitmap() & standing.remainder, info.memory_mib)
+        if learnt(standing) == before:
+            return standing
+        union.stopped = why_stopped(run, standing, settings)
+        with contextlib.suppress(FileExistsError):
+            write_generation(run, union)
+            return standing
+    raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
+
+
 def mark_finished(run: RunDir, standing: Standing) -> None:
     """Record that nothing is left to do."""
     union = standing.union
@@ -189,10 +221,11 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     too_long = _too_long(run, standing, rounds[-1])
     if too_long:
         return too_long
-    plans = [open_plan(run, round_).footer.sources for round_ in rounds]
-    counts = [*plans, len(standing.remainder)]
+    footers = [open_plan(run, round_).footer for round_ in rounds]
+    now = (len(standing.remainder), -learnt(standing))
+    steps = [*((footer.sources, -footer.learnt) for footer in footers), now]
     fruitless = 0
-    while fruitless < len(rounds) and counts[-1 - fruitless] >= counts[-2 - fruitless]:
+    while fruitless < len(rounds) and _is_fruitless(steps[-2 - fruitless], steps[-1 - fruitless]):
         fruitless += 1
     broken = _broken(run, rounds[-_BROKEN_ROUNDS:])
     if broken and len(rounds) >= _BROKEN_ROUNDS:
@@ -230,6 +263,17 @@ def _too_long(run: RunDir, standing: Standing, round_: int) -> str:
         f"{named}{more} had not finished when it ended. "
         f"Nobody is charged. Give more time: hpcresume submit {run.path} --time ..."
     )
+
+
+def _is_fruitless(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    return all(later >= earlier for earlier, later in zip(before, after, strict=True))
+
+
+def learnt(standing: Standing) -> int:
+    """Return the tries charged to what is left, plus the MiB that were not enough for it."""
+    union, left = standing.union, standing.remainder
+    tries = sum(failure.attempts for index, failure in union.failures.items() if index in left)
+    return tries + sum(mib * len(group & left) for mib, group in union.short.items())
 
 
 def _outcomes(run: RunDir, round_: int) -> list[Outcome]:
@@ -271,6 +315,7 @@ def plan_round(
     code: int,
     launch: Launch,
     at_most: int = sys.maxsize,
+    ladder: Ladder | None = None,
 ) -> RoundIndex:
     """Deal the remainder over a new round's array tasks and publish its plan.
 
@@ -284,19 +329,23 @@ def plan_round(
         code: Number of the code snapshot to run.
         launch: How the user asked for it to be launched.
         at_most: Array tasks that Slurm takes now.
+        ladder: What is asked for sources that ran out of memory; None: nothing is asked.
 
     Raises:
         FileExistsError: Another process planned this round.
+        SlurmUnreachableError: Some sources need more memory, and Slurm does not say whether
+            it would grant that.
     """
     number = RoundIndex(after.footer.round + 1 if after else 0)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
-    most = min(launch.array, at_most)
-    if launch.cluster == "slurm":
-        most = min(most, capacity(settings.site))
     needed = tasks_needed(run, standing, weight_of, min_task_s=settings.run.min_task_s)
-    most = most if needed is None else min(most, needed)
-    dealt = deal(standing.remainder, most, weight_of)
+    most = min(launch.array, at_most, needed or at_most)
     union = standing.union
+    arrays, dealt = [], list[BitMap]()
+    for demand, tasks in share_tasks(standing, settings.site, launch, ladder, most=most):
+        blocks = deal(demand.sources, tasks, weight_of)
+        arrays.append(ArrayPlan(len(dealt), len(blocks), demand.memory_mib, demand.limit))
+        dealt += blocks
     shards = make_shards(dealt, union.attempts(), union.open_suspects(), union.interrupted())
     footer = PlanFooter(
         run_id=run.run_id,
@@ -307,6 +356,8 @@ def plan_round(
         tasks=len(shards),
         settings=msgspec.to_builtins(settings),
         launch=launch,
+        arrays=arrays,
+        learnt=learnt(standing),
     )
     write_plan(run, footer, shards)
     return number
@@ -368,6 +419,28 @@ def _mean_weight(sources: BitMap, weight_of: Callable[[int], float] | None) -> f
     step = max(1, len(sources) // _SAMPLE)
     weights = [weight_of(sources[at]) for at in range(0, len(sources), step)]
     return sum(weights) / len(weights) if weights else 0.0
+
+
+def share_tasks(
+    standing: Standing, site: SiteSettings, launch: Launch, ladder: Ladder | None, *, most: int
+) -> list[tuple[Demand, int]]:
+    """Return what the next round asks for: sources of one request, and over how many tasks.
+
+    Args:
+        standing: How the run stands.
+        site: Says how many jobs it takes.
+        launch: How the round is launched.
+        ladder: What is asked for sources that ran out of memory; None: nothing is asked.
+        most: Array tasks that are wanted at most; each request has at least one.
+    """
+    demands = [Demand(0, standing.remainder, _ONE_MACHINE)]
+    if ladder is not None:
+        demands = ladder.sort(standing.remainder, standing.union.short)
+    if launch.cluster == "slurm":
+        most = min(most, capacity(site))
+        demands = fold(demands, capacity(site))
+    sizes = [len(demand.sources) for demand in demands]
+    return list(zip(demands, share(most, sizes), strict=True))
 
 
 def newest_plan(run: RunDir) -> Plan | None:

@@ -162,6 +162,8 @@ class _Check:
             yield self._forbidden(name)
         yield from self._required()
         yield self._memory_style()
+        if site.memory_max:
+            yield self._memory_max()
         yield self._gpu_style()
 
     def request(self) -> Iterator[Finding]:
@@ -273,6 +275,16 @@ class _Check:
         refused = self._probe(f"--{style}=1M")
         said = f"--{style} is refused: {refused}" if refused else f"--{style} is taken"
         return self._compare(key, style, right=not refused, said=said, value="none")
+
+    def _memory_max(self) -> Finding:
+        key, most = "site.memory_max", self._site.memory_max
+        if self._site.memory_style == "none" or "mem" in self._site.forbidden:
+            return self._found(key, "ok", "memory is not asked for")
+        if not self._usable:
+            return self._found(key, "unknown", self._why)
+        refused = self._probe(f"--mem={most}")
+        said = f"--mem={most} is refused: {refused}" if refused else f"--mem={most} is taken"
+        return self._compare(key, most, right=not refused, said=said, value="")
 
     def _shell(self, setup: Iterable[str], python: str) -> Iterator[Finding]:
         lines = "\n".join(setup)

@@ -32,7 +32,7 @@ from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import newest_plan, pardon, plan_round, reopen, settle
-from hpcresume.launch.slurm_round import active_jobs, take_up
+from hpcresume.launch.slurm_round import active_jobs, close_round, slurm_ladder, take_up
 from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
@@ -240,7 +240,7 @@ def _submit_once(ready: Ready) -> Step:
             pardon(run, round_, [t for t in range(last.footer.tasks) if not _goes_on(t, active)])
             job = unless_stopped(run, partial(take_up, run, last, ready.resolved, active))
             return Step("cancelled" if job is None else "running", standing, round_, job)
-        run.close_round(round_)
+        close_round(run, last)
         # What its tasks published before they ended may have come since.
         standing = settle(run, manifest, settings)
     round_ = plan_round(
@@ -251,6 +251,7 @@ def _submit_once(ready: Ready) -> Step:
         settings=settings,
         code=ready.prepared.code,
         launch=ready.launch,
+        ladder=slurm_ladder(run, ready.launch, ready.resolved),
     )
     return submit_planned(run, manifest, standing, open_plan(run, round_), ready.resolved)
 

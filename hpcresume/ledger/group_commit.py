@@ -31,7 +31,7 @@ class GroupCommitter:
         self._oldest: float | None = None
         self._notes = Batch()
         self._release = 0
-        self._added = self._done = 0
+        self._added = self._done = self._marked = 0
         self._urgent = self._noted = self._closing = False
         self._error: HpcResumeError | None = None
         self.committed_seq = ledger.last_sequence()
@@ -74,13 +74,24 @@ class GroupCommitter:
             self._added += 1
             self._condition.notify_all()
 
-    def mark(self, chunk: int, sources: bytes) -> None:
-        """Record that a worker holds a call, numbered anew each; at once, but not waited for."""
+    def mark(self, chunk: int, sources: bytes, *, wait: bool = False) -> None:
+        """Record that a worker holds a call, numbered anew each; at once.
+
+        Args:
+            chunk: The call's number.
+            sources: What it holds.
+            wait: Return when the mark would survive this process, not before: for a call
+                that this process runs itself, and may die of before the thread gets its turn.
+        """
         with self._condition:
             self._accept()
             self._notes.mark[chunk], self._noted = sources, True
             self._added += 1
+            target = self._added
             self._condition.notify_all()
+            if wait:
+                self._condition.wait_for(lambda: self._error or self._marked >= target)
+                self._check()
 
     def release(self, last: int) -> None:
         """Delete the commits up to ``last`` soon; they are published."""
@@ -161,6 +172,9 @@ class GroupCommitter:
         # Notes do not wait for results, nor for the disk: only a death of ours reads them.
         if notes.mark or notes.state is not None:
             self._ledger.commit(notes)
+            with self._condition:
+                self._marked = added
+                self._condition.notify_all()
         if due:
             sequence = self._ledger.commit(batch)
             with self._condition:

@@ -39,6 +39,8 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from hpcresume.errors import InternalError, LocalStorageError
 from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, publish
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
@@ -75,6 +77,21 @@ class PublishReceipt:
     digest: bytes
 
 
+class Death(msgspec.Struct, frozen=True):
+    """How a driver died, for the source that it worked on alone, if it did.
+
+    Attributes:
+        kind: As in :class:`~hpcresume.segment.segment.Failure`.
+        message: For people.
+        short_mib: Memory that was not enough for what was in flight, where a later round is
+            to give it more; 0 otherwise.
+    """
+
+    kind: str = "death"
+    message: str = "the driver died while it worked on this source alone"
+    short_mib: int = 0
+
+
 def publish_pending(
     ledger: Ledger,
     run: RunDir,
@@ -83,7 +100,7 @@ def publish_pending(
     after: int = 0,
     max_bytes: int = 256 << 20,
     outputs_root: str | None = None,
-    with_suspects: bool = False,
+    death: Death | None = None,
     interrupted_at: float | None = None,
 ) -> PublishReceipt:
     """Publish unpublished commits as one segment and return proof of it.
@@ -96,7 +113,7 @@ def publish_pending(
         after: Commits up to this one are published already.
         max_bytes: Start no further commit beyond this size; call again for the rest.
         outputs_root: Node-local directory with the files of ``ctx.output``.
-        with_suspects: Record the chunks in flight; for the ledger of a driver that died.
+        death: How the ledger's driver died: what was in flight is recorded; None: it did not.
         interrupted_at: When the attempt had to stop, on the node's monotonic clock: record how
             long the sources in flight had been worked on.
 
@@ -108,13 +125,12 @@ def publish_pending(
         LocalStorageError: A file of ``ctx.output`` is gone from the node-local disk.
         CorruptDataError: The ledger is damaged.
     """
-    suspects = ledger.in_flight() if with_suspects else []
-    footer = _footer(ledger, run, seq=seq, suspects=suspects)
+    footer, failures = _footer(ledger, run, seq=seq, death=death)
     if interrupted_at is not None:
         footer.ran = _seconds_run(ledger.in_flight(), interrupted_at)
     writer = footer.writer
     ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
-    covered, failures = after, [_death(run, call.sources[0]) for call in suspects if call.alone]
+    covered = after
 
     def frames() -> Iterator[bytes]:
         nonlocal covered
@@ -137,9 +153,23 @@ def publish_pending(
     return PublishReceipt(covered, seq, name, sources, receipt.size_bytes, receipt.digest)
 
 
-def _footer(ledger: Ledger, run: RunDir, *, seq: int, suspects: list[InFlight]) -> SegmentFooter:
+def _suspects(ledger: Ledger) -> list[InFlight]:
+    """Return the calls that a driver may have died of.
+
+    A call's mark stays until its results are on disk, so the marks of calls that ended just
+    before are still there.  But a call that ran alone began after all others had ended.
+    """
+    calls = ledger.in_flight()
+    return calls[-1:] if calls and calls[-1].alone else calls
+
+
+def _footer(
+    ledger: Ledger, run: RunDir, *, seq: int, death: Death | None
+) -> tuple[SegmentFooter, list[Failure]]:
+    """Return a segment's footer, and the failure that a death of its driver is."""
     identity, state = ledger.identity(), ledger.state()
-    return SegmentFooter(
+    suspects = _suspects(ledger) if death is not None else []
+    footer = SegmentFooter(
         run_id=run.run_id,
         writer=identity.writer,
         seq=seq,
@@ -151,7 +181,10 @@ def _footer(ledger: Ledger, run: RunDir, *, seq: int, suspects: list[InFlight]) 
         stage_names=identity.stage_names,
         progress=state.progress,
         code=identity.code,
+        short_mib=death.short_mib if death is not None else 0,
     )
+    alone = [call for call in suspects if call.alone] if len(suspects) == 1 else []
+    return footer, [_failure(run, call.sources[0], death or Death()) for call in alone]
 
 
 def _seconds_run(calls: list[InFlight], until: float) -> dict[int, float]:
@@ -170,7 +203,7 @@ def _seconds_run(calls: list[InFlight], until: float) -> dict[int, float]:
     return {source: ran[source] for source in longest}
 
 
-def _death(run: RunDir, index: int) -> Failure:
+def _failure(run: RunDir, index: int, death: Death) -> Failure:
     """Return the failure of a source whose task died while it alone was being worked on."""
     source_id = Manifest.open(run).entry(index).source_id
     return Failure(
@@ -178,9 +211,10 @@ def _death(run: RunDir, index: int) -> Failure:
         source_id=source_id,
         item=source_id,
         stage="",
-        kind="death",
-        message="the driver died while it worked on this source alone",
+        kind=death.kind,
+        message=death.message,
         attempt=0,
+        short_mib=death.short_mib,
     )
 
 

@@ -366,7 +366,7 @@ class Ledger:
             raise _damaged(self.path, f"commit {sequence} cannot be decoded") from error
 
     def in_flight(self) -> list[InFlight]:
-        """Return the calls that workers held when the last mark was written."""
+        """Return the calls that workers held when the last mark was written, oldest first."""
 
         def read(txn: lmdb.Transaction) -> list[bytes]:
             return [

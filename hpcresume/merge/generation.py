@@ -86,6 +86,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
         withheld: Bitmap of the sources of cancelled array tasks, which wait for the user.
         ran: Seconds that an attempt worked on a source that is not settled, without finishing.
         pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
+        short: Bitmaps of sources by the MiB of memory that were not enough for them.
     """
 
     run_id: str
@@ -100,6 +101,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     withheld: bytes = b""
     ran: dict[int, float] = {}
     pardoned: list[tuple[int, int]] = []
+    short: dict[int, bytes] = {}
 
 
 @dataclass
@@ -114,6 +116,8 @@ class Union:
         withheld: Sources of cancelled array tasks, which wait for the user.
         ran: The longest that an attempt worked on a source without finishing it, in seconds.
         pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
+        short: Sources by the memory of an array task, in MiB, that was not enough for them;
+            each under the most that was tried.
         fresh: Segments that the generation had not folded.
         passed_over: Highest number of a damaged generation that was passed over.
     """
@@ -129,6 +133,7 @@ class Union:
     withheld: BitMap = field(default_factory=BitMap)
     ran: dict[int, float] = field(default_factory=dict)
     pardoned: list[tuple[int, int]] = field(default_factory=list)
+    short: dict[int, BitMap] = field(default_factory=dict)
     fresh: int = 0
     passed_over: int = 0
 
@@ -154,13 +159,17 @@ class Union:
         won = segment.completed - self.completed
         self.won[key] = won
         self.completed |= won
-        self.suspects.extend(bitmaps.load(data, what=name) for data in footer.suspects)
+        suspects = [bitmaps.load(data, what=name) for data in footer.suspects]
+        self.suspects.extend(suspects)
         for failure in failures:
             self._count(failure, footer.writer, max_attempts)
+        if footer.short_mib:
+            self.note_short(bitmaps.union(suspects), footer.short_mib)
         for index in [index for index in self.failures if index in won]:
             del self.failures[index]
         for index, seconds in footer.ran.items():
             self.ran[index] = max(seconds, self.ran.get(index, 0.0))
+        self.short = {mib: left for mib, group in self.short.items() if (left := group - won)}
         self.fresh += 1
 
     def _count(self, failure: Failure, writer: Writer, max_attempts: int) -> None:
@@ -171,15 +180,34 @@ class Union:
         if known is not None and charge in known.charged:
             return
         charged = [*(known.charged if known else ()), charge]
-        attempts = (known.attempts if known else 0) + 1
-        given_up = not failure.retry or attempts >= max_attempts
+        # Every step towards the memory that a source needs fails by itself: one try in all.
+        is_step = failure.short_mib > 0
+        is_counted = not (is_step and known is not None and self._is_short(failure.source))
+        attempts = (known.attempts if known else 0) + is_counted
+        given_up = not failure.retry or (attempts >= max_attempts and not is_step)
         quarantined = given_up or (known is not None and known.quarantined)
+        if is_step:
+            self.note_short(BitMap([failure.source]), failure.short_mib)
         self.failures[failure.source] = SourceFailures(attempts, quarantined, failure, charged)
 
     def interrupted(self) -> dict[int, float]:
         """Return how long the sources that are still owed were worked on in vain."""
         settled = self.settled()
         return {index: seconds for index, seconds in self.ran.items() if index not in settled}
+
+    def note_short(self, sources: BitMap, mib: int) -> None:
+        """Note that array tasks of so much memory were not enough for some sources."""
+        sources = sources - self.completed
+        for tried in list(self.short):
+            if tried <= mib:
+                self.short[tried] = self.short[tried] - sources
+            else:
+                sources = sources - self.short[tried]
+        self.short[mib] = self.short.get(mib, BitMap()) | sources
+        self.short = {tried: group for tried, group in self.short.items() if group}
+
+    def _is_short(self, source: int) -> bool:
+        return any(source in group for group in self.short.values())
 
     def open_suspects(self) -> list[BitMap]:
         """Return the groups of suspects that are still owed."""
@@ -343,6 +371,7 @@ def _load(run: RunDir, number: int) -> Union:
         withheld=_load_optional(footer.withheld, what=container.path),
         ran=dict(footer.ran),
         pardoned=footer.pardoned,
+        short={mib: bitmaps.load(data, what=container.path) for mib, data in footer.short.items()},
     )
 
 
@@ -373,6 +402,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         withheld=bitmaps.dump(union.withheld),
         ran=union.interrupted(),
         pardoned=union.pardoned,
+        short={mib: bitmaps.dump(group) for mib, group in sorted(union.short.items())},
     )
 
     def blocks() -> Iterator[bytes]:

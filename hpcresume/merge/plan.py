@@ -1,4 +1,7 @@
-"""The plan of a round: what was left at one time, dealt over the tasks of one job array.
+"""The plan of a round: what was left at one time, dealt over the tasks of its job arrays.
+
+There is one array for each request: sources that need more memory than others are in one of
+their own.  Tasks are numbered through the round, so an array's indexes are its tasks' numbers.
 
 Shards are contiguous blocks of the sorted remainder of about equal cost, so a shard's bitmap
 is a few runs and an array task reads its own blocks of the manifest only.  Below 10,000
@@ -8,7 +11,7 @@ sources of known cost they are dealt longest first instead.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -67,6 +70,22 @@ class Launch(msgspec.Struct, frozen=True):
     cwd: str = ""
 
 
+class ArrayPlan(msgspec.Struct, frozen=True):
+    """One job array of a round: consecutive tasks with one request.
+
+    Attributes:
+        first: Its first task.
+        tasks: Number of its tasks.
+        memory_mib: Memory that each asks for; 0: what the settings say.
+        limit: Why a source for which that is not enough cannot be given more; empty: it can.
+    """
+
+    first: int
+    tasks: int
+    memory_mib: int = 0
+    limit: str = ""
+
+
 class PlanFooter(msgspec.Struct, frozen=True):
     """What a plan says of itself.
 
@@ -79,6 +98,9 @@ class PlanFooter(msgspec.Struct, frozen=True):
         tasks: Number of shards.
         settings: The resolved settings of the round, for the array tasks.
         launch: How the round is launched.
+        arrays: Its job arrays, in the order of their tasks; none: one of all tasks.
+        learnt: Tries charged to its sources so far, plus the MiB that were not enough for
+            them: a round that raises it was of use, though it completed nothing.
     """
 
     run_id: str
@@ -89,6 +111,8 @@ class PlanFooter(msgspec.Struct, frozen=True):
     tasks: int
     settings: dict[str, Any]
     launch: Launch
+    arrays: list[ArrayPlan] = []
+    learnt: int = 0
 
 
 class Plan:
@@ -101,6 +125,22 @@ class Plan:
     def footer(self) -> PlanFooter:
         """The verified footer."""
         return self._container.footer
+
+    @property
+    def arrays(self) -> list[ArrayPlan]:
+        """The round's job arrays, in the order of their tasks."""
+        return self.footer.arrays or [ArrayPlan(0, self.footer.tasks)]
+
+    def array_of(self, task: int) -> ArrayPlan:
+        """Return the job array that a task is an element of.
+
+        Raises:
+            IndexError: The round has no such task.
+        """
+        for array in self.arrays:
+            if array.first <= task < array.first + array.tasks:
+                return array
+        raise IndexError(f"round {self.footer.round} has no task {task}")
 
     def shard(self, task: int) -> Shard:
         """Return one array task's shard.
@@ -169,6 +209,20 @@ def deal(
     if len(remainder) < DEAL_BY_COST_BELOW:
         return _longest_first(remainder, shards, weight_of)
     return _weighted_blocks(remainder, shards, weight_of)
+
+
+def share(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share a number of tasks out among groups of sources, in proportion, at least one each.
+
+    The result is above ``total`` only where there are more groups than tasks, and no share
+    above its group's size.
+    """
+    shares = [1] * len(sizes)
+    for _ in range(min(total, sum(sizes)) - len(sizes)):
+        # The one whose tasks would hold the most goes next.
+        neediest = max(range(len(sizes)), key=lambda n: (sizes[n] - shares[n]) / shares[n])
+        shares[neediest] += 1
+    return shares
 
 
 def _equal_blocks(remainder: BitMap, shards: int) -> list[BitMap]:

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpcresume.memory import MemoryGroup
+
 _LAUNCHER_PREFIXES = ("SLURM_", "PMI", "OMPI_")
 _TAIL_BYTES = 4096
 _TAIL_LINES = 20
 _PIPES_CLOSE_S = 5.0
+# A shell says 128 and the signal of what it ran.
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 Argument = str | os.PathLike[str]
 
@@ -24,6 +28,13 @@ class CommandFailedError(subprocess.CalledProcessError):
 
     def __str__(self) -> str:
         return _with_tail(super().__str__(), self.stderr)
+
+
+class CommandOutOfMemoryError(CommandFailedError):
+    """The kernel killed a command because the array task's memory ran out."""
+
+    def __str__(self) -> str:
+        return f"memory ran out, and the kernel killed it: {super().__str__()}"
 
 
 class CommandTimeoutError(subprocess.TimeoutExpired):
@@ -55,11 +66,14 @@ def run_command(
 
     Raises:
         CommandFailedError: ``check``, and the status is not 0.
+        CommandOutOfMemoryError: ``check``, and the kernel killed it for want of memory.
         CommandTimeoutError: It ran past ``timeout_s``.
     """
     arguments = _popen_defaults(popen)
     data = arguments.pop("input", None)
     command = [os.fspath(part) for part in argv]
+    memory = MemoryGroup.of_this_process()
+    kills = memory.kills()
     with subprocess.Popen(command, process_group=0, **arguments) as process:
         try:
             stdout, stderr = process.communicate(data, timeout=timeout_s)
@@ -71,7 +85,9 @@ def run_command(
             _kill_and_drain(process)
             raise
     if check and process.returncode:
-        raise CommandFailedError(process.returncode, command, stdout, stderr)
+        starved = process.returncode in _KILLED and memory.kills() > kills
+        error = CommandOutOfMemoryError if starved else CommandFailedError
+        raise error(process.returncode, command, stdout, stderr)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 

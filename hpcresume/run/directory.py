@@ -8,7 +8,8 @@
       code/0001/                   snapshot of the pipeline's files; a new one for each edit
       manifest/part-000001         the ordered sources; growth adds a part
       rounds/0000/plan             the shards of a round
-      rounds/0000/claim            the one job array that works on the round
+      rounds/0000/claim            the one job array that works on the round; claim-00012 where
+                                   another request's tasks begin
       rounds/0000/jobs/*.json      what was submitted for it
       rounds/0000/submit/          the launcher's script and pickle
       rounds/0000/logs/            output of the array tasks and of the merge job
@@ -109,6 +110,7 @@ class AttemptInfo(msgspec.Struct, frozen=True):
     array_job_id: str | None = None
     node: str | None = None
     restart_count: int = 0
+    memory_mib: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -121,8 +123,9 @@ class Outcome(msgspec.Struct, frozen=True):
         reason: Why it ended, for people.
         kind: Machine-readable reason: ``finished``, ``time-limit``, ``preempted``,
             ``cancelled``, ``requeued`` (by Slurm or an administrator), ``terminated``
-            (a signal whose reason Slurm did not tell), ``driver-died``, ``stage-broken``,
-            ``stage-start``, ``ray-start``, ``storage``, ``stopped``, ``superseded``.
+            (a signal whose reason Slurm did not tell), ``driver-died``, ``out-of-memory``
+            (of the driver), ``stage-broken``, ``stage-start``, ``ray-start``, ``storage``,
+            ``stopped``, ``superseded``.
         stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.
@@ -140,7 +143,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class JobRecord(msgspec.Struct, frozen=True):
-    """What was submitted for a round; one file in ``jobs/`` for each submission."""
+    """What was submitted for a round; one file in ``jobs/`` for each submission.
+
+    ``array`` names its job arrays, or its single jobs, with commas between them.
+    """
 
     cluster: str
     array: str
@@ -149,6 +155,12 @@ class JobRecord(msgspec.Struct, frozen=True):
     job_name: str = ""
     tasks: int = 0
     submitted_at: str = ""
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Slurm's ids of everything submitted: merge job, its twin, arrays or single jobs."""
+        ids = [self.merge, self.twin, *self.array.split(",")] if self.cluster == "slurm" else []
+        return [job_id for job_id in ids if job_id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,23 +448,28 @@ class RunDir:
         )
         return [record for record in found if record is not None]
 
-    def claim_round(self, round_: int, owner: str) -> str:
-        """Claim a round for a job array and return the array that owns it.
+    def claim_round(self, round_: int, owner: str, *, first: int = 0) -> str:
+        """Claim the tasks of one request for a job array and return the array that owns them.
 
         The look-up by name before a second sbatch can be blind; this is not: the first
-        array that starts owns the round, and elements of any other end at once.
+        array that starts owns these tasks, and elements of any other end at once.
+
+        Args:
+            round_: The round.
+            owner: In whose name they are claimed.
+            first: The first of the tasks.
         """
-        path = self.round_path(round_, "claim")
+        path = self._claim_path(round_, first)
         try:
             publish(self.fs, path, [owner.encode()], label="claim", exclusive=True)
         except FileExistsError:
             return self.fs.read(path).decode()
         return owner
 
-    def round_owner(self, round_: int) -> str | None:
-        """Return who claimed a round, None where nobody has."""
+    def round_owner(self, round_: int, *, first: int = 0) -> str | None:
+        """Return who claimed the tasks of a request, None where nobody has."""
         try:
-            return self.fs.read(self.round_path(round_, "claim")).decode()
+            return self.fs.read(self._claim_path(round_, first)).decode()
         except FileNotFoundError:
             return None
 
@@ -462,12 +479,8 @@ class RunDir:
             self.job_records(round_) or self.tasks(round_) or self.round_owner(round_) is not None
         )
 
-    def close_round(self, round_: int) -> None:
-        """Claim a round that nobody claimed: an array of it that appears late ends at once.
-
-        A lost sbatch may take effect after its round has been dealt anew.
-        """
-        self.claim_round(round_, CLOSED)
+    def _claim_path(self, round_: int, first: int) -> str:
+        return self.round_path(round_, f"claim-{first:05d}" if first else "claim")
 
     def marks(self) -> list[tuple[int, str]]:
         """Return the stop and resume marks, oldest first."""

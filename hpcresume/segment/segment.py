@@ -48,11 +48,13 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
         source_id: Its id.
         item: Id of the item that failed.
         stage: Name of the stage.
-        kind: Exception type, ``Failed``, ``timeout`` or ``death``.
+        kind: Exception type, ``Failed``, ``timeout``, ``death`` or ``out-of-memory``.
         message: One line.
         traceback: The traceback, or the tail of the worker's output.
         attempt: Number of the try, from 1, over all writers.
         retry: Whether the source may be tried again.
+        short_mib: Memory of the array task that was not enough for it, where a later round
+            is to give it more; 0 otherwise.
     """
 
     source: int
@@ -64,6 +66,7 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     attempt: int
     traceback: str = ""
     retry: bool = True
+    short_mib: int = 0
 
 
 class StageCount(msgspec.Struct, array_like=True):
@@ -116,6 +119,8 @@ class SegmentFooter(msgspec.Struct):
         code: Number of the code snapshot that ran.
         ran: Sources that were in work when the attempt had to stop, with the seconds that it
             had worked on them: they need longer than that, and nobody is charged.
+        short_mib: Memory of the array task that was not enough for the suspects, where a later
+            round is to give them more; 0 otherwise.
     """
 
     run_id: str
@@ -130,6 +135,7 @@ class SegmentFooter(msgspec.Struct):
     progress: Progress
     code: int
     ran: dict[int, float] = {}
+    short_mib: int = 0
 
 
 _FAILURES = msgspec.msgpack.Decoder(list[Failure])

@@ -12,6 +12,7 @@ import psutil
 
 from hpcresume import slurm
 from hpcresume.errors import HpcResumeError
+from hpcresume.memory import MemoryGroup
 
 CLAIM_VARIABLE = "HPCRESUME_CLAIM"
 """Names a submission of single jobs, which claim their round together."""
@@ -25,6 +26,7 @@ class Allocation:
         cpus: Cores it may use.
         gpus: GPUs it may use.
         memory_bytes: Memory of all its processes together.
+        memory_mib: The same as Slurm confines it; 0: off Slurm, or nobody knows.
         element: How Slurm names it, ``<array>_<index>`` or ``<job>``; None off Slurm.
         claim: In whose name it claims its round: the array's id, or the submission's
             where the site has no arrays; None off Slurm.
@@ -36,6 +38,7 @@ class Allocation:
     cpus: int
     gpus: int
     memory_bytes: int
+    memory_mib: int = 0
     element: str | None = None
     claim: str | None = None
     array: str | None = None
@@ -54,10 +57,12 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     cpus = min(cores, int(wanted)) if wanted else cores
     job = environ.get("SLURM_JOB_ID")
     array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    memory_mib = _memory_mib(environ, cpus) if job else 0
     return Allocation(
         cpus=max(1, cpus),
         gpus=_gpus(environ),
-        memory_bytes=_memory_bytes(environ, cpus),
+        memory_bytes=_memory_bytes(environ, cpus, memory_mib),
+        memory_mib=memory_mib,
         element=f"{array}_{index}" if array and index else job,
         claim=environ.get(CLAIM_VARIABLE) or array or job,
         array=array,
@@ -73,15 +78,21 @@ def _gpus(environ: Mapping[str, str]) -> int:
     return len(listed) or (int(numbers[0]) if numbers else 0)
 
 
-def _memory_bytes(environ: Mapping[str, str], cpus: int) -> int:
+def _memory_mib(environ: Mapping[str, str], cpus: int) -> int:
+    node, per_cpu = environ.get("SLURM_MEM_PER_NODE"), environ.get("SLURM_MEM_PER_CPU")
+    allocated = int(environ.get("SLURM_CPUS_ON_NODE") or cpus)
+    given = int(node or 0) or int(per_cpu or 0) * allocated
+    # Whoever asks for a whole node's memory is not told how much that is.
+    return given or MemoryGroup.of_this_process().limit_mib()
+
+
+def _memory_bytes(environ: Mapping[str, str], cpus: int, slurm_mib: int) -> int:
     total = int(psutil.virtual_memory().total)
     given = environ.get("HPCRESUME_MEMORY_BYTES")
     if given:
         return int(given)
-    node, per_cpu = environ.get("SLURM_MEM_PER_NODE"), environ.get("SLURM_MEM_PER_CPU")
-    mebibytes = int(node or 0) or int(per_cpu or 0) * cpus
-    if mebibytes:
-        return min(total, mebibytes << 20)
+    if slurm_mib:
+        return min(total, slurm_mib << 20)
     return max(1 << 30, total * cpus // max(1, os.cpu_count() or 1))
 
 

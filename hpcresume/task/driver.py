@@ -35,6 +35,7 @@ from hpcresume.errors import (
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
+from hpcresume.memory import MemoryGroup
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
@@ -67,10 +68,15 @@ _NO_TIME = "no source that is left is expected to finish within the time limit"
 
 
 class LedgerListener:
-    """Hands what the executor decides to the ledger."""
+    """Hands what the executor decides to the ledger.
 
-    def __init__(self, committer: GroupCommitter) -> None:
-        self._committer = committer
+    Args:
+        committer: The ledger's.
+        is_inline: Whether this process runs the calls itself, so that it may die of one.
+    """
+
+    def __init__(self, committer: GroupCommitter, *, is_inline: bool) -> None:
+        self._committer, self._is_inline = committer, is_inline
         self._waiting: dict[int, InFlight] = {}
         self.bytes_added = 0
 
@@ -79,7 +85,7 @@ class LedgerListener:
         mark = InFlight(sources, alone, time.monotonic() if begins else 0.0)
         if not begins:
             self._waiting[call] = mark
-        self._committer.mark(call, mark.encode())
+        self._committer.mark(call, mark.encode(), wait=self._is_inline)
 
     def began(self, call: int) -> None:
         """Mark since when it is worked on."""
@@ -134,12 +140,12 @@ class Driver:
         )
         ledger = Ledger.create(spec.ledger, identity)
         self._committer = GroupCommitter(ledger)
-        self._listener = LedgerListener(self._committer)
+        self._listener = LedgerListener(self._committer, is_inline=spec.engine == "inline")
         groups = make_groups(pipeline.stages, cpus=spec.cpus, workers=spec.workers)
         sources = bitmaps.load(self._work.sources, what="the shard")
         self._total = len(sources)
         try:
-            pool = self._make_pool(pipeline, groups, run)
+            pool = self._pool = self._make_pool(pipeline, groups, run)
         except Exception as error:  # Ray raises whatever its start-up meets
             log.exception("the Ray head cannot start")
             return Ended("ray-start", f"the Ray head cannot start: {describe(error)}", 0)
@@ -148,6 +154,8 @@ class Driver:
             self._executor.start()
             settled = self._executor.run(self._tick)
             kind, reason, stage = ("finished", "every source of the shard is settled", "")
+            if self._executor.deferred:
+                reason += f"; {self._executor.deferred} need more memory, in the next round"
             if not settled:
                 kind, reason = "terminated", "stopped before the shard was settled"
         except StageBrokenError as error:
@@ -180,6 +188,8 @@ class Driver:
                 max_attempts=spec.max_attempts,
                 chunk_target_s=spec.chunk_target_s,
                 chunk_max=spec.chunk_max,
+                memory_mib=spec.memory_mib,
+                memory_limit=spec.memory_limit,
             ),
             attempts=self._work.attempts,
             suspects=suspects,
@@ -228,6 +238,7 @@ class Driver:
             make_setup=make_setup,
             marks=os.path.join(spec.local, "marks"),
             check=head.check,
+            memory=MemoryGroup.of_this_process() if spec.memory_mib else MemoryGroup(),
         )
 
     def _tick(self) -> bool:
@@ -282,6 +293,7 @@ class Driver:
                 left=self._left(),
                 ready=executor.ready,
                 lacks_time=executor.lacks_time,
+                oom_deaths=self._pool.oom_deaths,
             )
         )
 

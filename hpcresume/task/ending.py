@@ -17,7 +17,9 @@ from hpcresume.task.allocation import Allocation
 from hpcresume.task.messages import Ended
 
 _BROKEN_KINDS = frozenset({"stage-broken", "stage-start", "ray-start", "storage"})
-_RESTARTED_KINDS = frozenset({"terminated", "preempted", "time-limit", "driver-died"})
+_RESTARTED_KINDS = frozenset(
+    {"terminated", "preempted", "time-limit", "driver-died", "out-of-memory"}
+)
 _ASK_S = 5.0
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from hpcresume.ledger.publishing import Death
 from hpcresume.run.directory import Outcome
 
 
@@ -28,6 +29,8 @@ class AttemptSpec(msgspec.Struct, frozen=True):
         cpus: Cores of the task.
         gpus: GPUs of the task.
         memory_bytes: Memory of the task.
+        memory_mib: The same as Slurm gave it; 0: this is not Slurm, or nobody knows.
+        memory_limit: Why a source that needs more cannot be given it; empty: it can.
         engine: ``ray`` or ``inline``.
         workers: Number of workers, 0: as many as the cores allow.
         max_attempts: Tries per source.
@@ -45,6 +48,8 @@ class AttemptSpec(msgspec.Struct, frozen=True):
     cpus: int
     gpus: int
     memory_bytes: int
+    memory_mib: int
+    memory_limit: str
     engine: str
     workers: int
     max_attempts: int
@@ -122,6 +127,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
         ready: Whether the workers have started.
         lacks_time: Whether nothing runs because no source that is left is expected to finish
             in time.
+        oom_deaths: Workers that died because memory ran out.
     """
 
     last: int
@@ -133,6 +139,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     left: int
     ready: bool
     lacks_time: bool
+    oom_deaths: int = 0
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -161,8 +168,8 @@ class Publish(msgspec.Struct, frozen=True, tag=True):
         after: Commits up to here are published.
         seq: Number of the segment.
         max_bytes: Size of one segment.
-        driver_died: Verify the ledger first, and record what was in flight as suspect, unless
-            the driver was ended on purpose.
+        driver_died: Verify the ledger first.
+        death: How the driver died, if not on purpose: what was in flight is recorded.
         interrupted_at: When the attempt was stopped with sources in work (monotonic seconds).
     """
 
@@ -170,6 +177,7 @@ class Publish(msgspec.Struct, frozen=True, tag=True):
     seq: int
     max_bytes: int
     driver_died: bool = False
+    death: Death | None = None
     interrupted_at: float | None = None
 
 

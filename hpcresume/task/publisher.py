@@ -69,7 +69,7 @@ class Publisher:
             after=order.after,
             max_bytes=order.max_bytes,
             outputs_root=self._spec.outputs,
-            with_suspects=order.driver_died and order.interrupted_at is None,
+            death=order.death,
             interrupted_at=order.interrupted_at,
         )
         newest = self._run.newest_epoch(self._ref)

@@ -9,7 +9,7 @@ import re
 
 from hpcresume.errors import CorruptDataError, HpcResumeError
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
-from hpcresume.ledger.publishing import publish_pending
+from hpcresume.ledger.publishing import Death, publish_pending
 from hpcresume.ledger.store import Ledger, set_aside
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.task.scratch import dead_attempts, end_dead, sweep
@@ -58,7 +58,7 @@ def publish_dead(run: RunDir, directory: str) -> int:
             seq=known[-1].seq + 1 if known else 1,
             max_bytes=1 << 40,
             outputs_root=os.path.join(directory, "outputs"),
-            with_suspects=True,
+            death=Death(),
         )
         return receipt.sources
 

@@ -35,6 +35,8 @@ from hpcresume.deadline import write_deadline
 from hpcresume.engine.ray_places import check_ray_places
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
+from hpcresume.ledger.publishing import Death
+from hpcresume.memory import MemoryGroup
 from hpcresume.merge.generation import read_task_union
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
@@ -137,6 +139,7 @@ class _State:
     report: Report | None = None
     ended: Ended | None = None
     driver_died: str | None = None
+    out_of_memory: bool = False
     stop_kind: str | None = None
     stop_reason: str = ""
     stop_deadline: float = float("inf")
@@ -151,8 +154,13 @@ class Supervisor:
         self._signals = _Signals.install()
         self._run, self._round, self._task, self._environ = run, round_, task, environ
         self._plan = open_plan(run, round_)
+        self._array = self._plan.array_of(task)
         self._settings = msgspec.convert(self._plan.footer.settings, Settings)
         self._allocation = read_allocation(environ)
+        # Off Slurm the group may hold much else, whose kills say nothing of this task.
+        is_confined = self._allocation.memory_mib > 0
+        self._memory = MemoryGroup.of_this_process() if is_confined else MemoryGroup()
+        self._kills_before = 0
         self._state = _State()
         self._schedule = Schedule(self._settings.sync)
         self._holding = False
@@ -194,7 +202,7 @@ class Supervisor:
         mine = self._allocation.claim
         if mine is None:
             return None
-        owner = self._run.claim_round(self._round, mine)
+        owner = self._run.claim_round(self._round, mine, first=self._array.first)
         return None if owner == mine else owner
 
     def _work(self) -> Work | None:
@@ -212,6 +220,9 @@ class Supervisor:
         exhausted = {source for source, count in attempts.items() if count >= limit}
         left = shard.bitmap() - union.settled() - bitmaps.union(elsewhere)
         left -= type(left)(exhausted & set(union.attempts()))
+        # More of the same does not help these: the next round gives them more.
+        given = self._allocation.memory_mib
+        left -= bitmaps.union(group for mib, group in union.short.items() if mib >= given)
         if not left:
             return None
         suspects = shard.suspects + [bitmaps.dump(group) for group in union.open_suspects()]
@@ -234,6 +245,7 @@ class Supervisor:
             job_id=self._allocation.element,
             array_job_id=self._allocation.claim,
             restart_count=self._allocation.restart_count,
+            memory_mib=self._allocation.memory_mib,
         )
         self._run.write_record(self._run.attempt_path(ref, "attempt.json"), info, label="attempt")
         task, site = self._settings.task, self._settings.site
@@ -268,6 +280,8 @@ class Supervisor:
             cpus=allocation.cpus,
             gpus=allocation.gpus,
             memory_bytes=allocation.memory_bytes,
+            memory_mib=allocation.memory_mib,
+            memory_limit=self._array.limit,
             engine=task.engine,
             workers=task.workers,
             max_attempts=self._settings.run.max_attempts,
@@ -329,6 +343,7 @@ class Supervisor:
 
     def _start_driver(self) -> Child:
         failpoint("supervisor.before_driver")
+        self._kills_before = self._memory.kills()
         self._driver = start_child(
             "hpcresume.task.driver", self._spec_path, oom_score=_DRIVER_OOM_SCORE
         )
@@ -515,7 +530,28 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.process.wait(timeout=5)
             self._state.driver_died = f"the driver {driver.describe_end()}"
+            self._state.out_of_memory = self._ran_out_of_memory()
+            if self._state.out_of_memory:
+                self._state.driver_died += f": {self._shortage()}"
             say(self._state.driver_died)
+
+    def _ran_out_of_memory(self) -> bool:
+        """Tell whether the kernel killed more for want of memory than workers died of it."""
+        report = self._state.report
+        explained = report.oom_deaths if report is not None else 0
+        return self._memory.kills() - self._kills_before > explained
+
+    def _shortage(self) -> str:
+        more = self._array.limit or "What was in flight gets more in the next round"
+        return f"{self._allocation.memory_mib} MiB were not enough. {more}"
+
+    def _death(self) -> Death | None:
+        """Return how the driver died, for what it had in flight; None if that was on purpose."""
+        if not self._state.out_of_memory:
+            return Death() if self._interrupted_at is None else None
+        message = f"memory ran out while the task worked on this source alone: {self._shortage()}"
+        short_mib = 0 if self._array.limit else self._allocation.memory_mib
+        return Death("out-of-memory", message, short_mib)
 
     def _serve_publisher(self) -> None:
         for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
@@ -546,6 +582,7 @@ class Supervisor:
                 seq,
                 self._settings.sync.max_bytes,
                 driver_died,
+                self._death() if driver_died else None,
                 self._interrupted_at,
             )
         )
@@ -657,9 +694,10 @@ class Supervisor:
         if state.stop_kind == "terminated" and self._allocation.element is not None:
             view = look(self._allocation, timeout_s=self._budget_s(_MARGIN_S))
             state.stop_kind, state.stop_reason = kind_of_sigterm(view), f"SIGTERM: {view}"
+        kind = "out-of-memory" if state.out_of_memory else "driver-died"
         return make_outcome(
             ended=state.ended,
-            died=("driver-died", state.driver_died) if state.driver_died else None,
+            died=(kind, state.driver_died) if state.driver_died else None,
             stop=(state.stop_kind, state.stop_reason) if state.stop_kind else None,
             published=published,
             completed=self._schedule.sources,

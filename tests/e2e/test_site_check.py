@@ -74,6 +74,23 @@ def test_a_submit_limit_is_found(limited_cluster: SlurmCluster, tmp_path: Path) 
     assert "site.max_submit = 12" == wrong["site.max_submit"]
 
 
+@pytest.mark.parametrize(("most", "state"), [("900T", "wrong"), ("100M", "ok")])
+def test_more_memory_than_any_node_has(
+    command: Command, tmp_path: Path, most: str, state: str
+) -> None:
+    """The most that a source is given has to be something that Slurm grants."""
+    path = tmp_path / "sites" / "large" / "site.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"[site]\nmemory_max = '{most}'\n[request]\npartition = 'low'\n")
+    path.chmod(0o644)
+
+    report = command.json("site", "check", "large", rc=None)
+
+    (found,) = [f for f in report["findings"] if f["key"] == "site.memory_max"]
+    assert (state, most) == (found["state"], found["value"])
+    assert f"--mem={most} is {'refused' if state == 'wrong' else 'taken'}" in found["reason"]
+
+
 def test_a_new_site_is_right_about_the_slurm_it_came_from(
     command: Command, slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def pipelines(draw: st.DrawFn) -> dict[str, Any]:
         "flaky": draw(some),
         "poison": draw(some),
         "killers": draw(some),
+        "hungry": draw(some),
         "outside": draw(st.integers(0, 3)),
         "workers": draw(st.integers(1, 3)),
         "chunk_max": draw(st.integers(1, 30)),
@@ -140,7 +141,8 @@ def expected(case: dict[str, Any]) -> tuple[dict[int, list[Any]], dict[int, list
     rows, charges = {}, {}
     for source in range(case["n"]):
         for attempt in range(1, ATTEMPTS + 1):
-            found = None if source in case["killers"] else reference(case, source, attempt)
+            is_deadly = source in case["killers"] | case["hungry"]
+            found = None if is_deadly else reference(case, source, attempt)
             if found is not None:
                 rows[source] = found
                 break
@@ -152,6 +154,7 @@ def make_kills(case: dict[str, Any]) -> Any:
     """Return who kills workers: killers in the first group, and a few deaths from outside.
 
     From outside only calls of several sources die, since a death alone rightly charges.
+    Memory runs out wherever a hungry source is, and from outside too.
     """
     rng, left = Random(case["seed"]), [case["outside"]]
 
@@ -160,9 +163,15 @@ def make_kills(case: dict[str, Any]) -> Any:
         if guilty and worker.group == 0:
             knows = marked and rng.random() < 0.5
             return Death(guilty[0] if knows else None)
+        hungry = [source for source in inputs.sources if source in case["hungry"]]
+        if hungry and worker.group == 0:
+            knows = marked and rng.random() < 0.5
+            return Death(hungry[0] if knows else None, out_of_memory=True)
         if left[0] and len(inputs) > 1 and rng.random() < 0.2:
             left[0] -= 1
-            return Death(rng.choice([None, rng.choice(list(inputs.sources))]))
+            starved = len(set(inputs.sources)) > 1 and rng.random() < 0.5
+            named = rng.choice([None, rng.choice(list(inputs.sources))])
+            return Death(named, out_of_memory=starved)
         return None
 
     return kills
@@ -186,6 +195,7 @@ def test_every_source_ends_as_the_model_says(case: dict[str, Any]) -> None:
                 max_attempts=ATTEMPTS,
                 chunk_max=case["chunk_max"],
                 waiting_max=case["waiting_max"],
+                memory_limit="there is no more",
             ),
             kills=make_kills(case),
             seconds_per_item=case["seconds"],

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyroaring import BitMap
 
@@ -78,11 +79,10 @@ def frame(sources: Iterable[int], *, rows: int = 1) -> bytes:
     return builder.build()
 
 
-def failure(source: int, attempt: int = 1, *, retry: bool = True, message: str = "no") -> Failure:
+def failure(source: int, attempt: int = 1, **values: Any) -> Failure:
     """Return a failure record."""
-    return Failure(
-        source, f"id{source}", f"id{source}/a.0", "a", "ValueError", message, attempt, retry=retry
-    )
+    known = {"item": f"id{source}/a.0", "stage": "a", "kind": "ValueError", "message": "no"}
+    return Failure(source=source, source_id=f"id{source}", attempt=attempt, **{**known, **values})
 
 
 def footer_of(
@@ -137,6 +137,7 @@ def publish_segment(
     failures: Sequence[Failure] = (),
     suspects: Sequence[Iterable[int]] = (),
     ran: Mapping[int, float] | None = None,
+    short_mib: int = 0,
     digest: str = "0" * 16,
 ) -> SegmentName:
     """Publish a segment under the attempt of ``writer`` and return its name."""
@@ -145,6 +146,7 @@ def publish_segment(
     sources = list(sources)
     frames = [frame(sources)] if sources else []
     footer = footer_of(Writer(*writer), seq, suspects=suspects, ran=ran, run_id=run.run_id)
+    footer.short_mib = short_mib
     parts = encode_segment(footer, frames, list(failures))
     publish(run.fs, run.segment_path(name), parts, label="segment")
     return name

@@ -14,7 +14,7 @@ from tests.support.places import REPOSITORY, run_child
 
 PACKAGE = REPOSITORY / "hpcresume"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "ids", "failpoints", "deadline"}
+FLOOR = {"errors", "ids", "failpoints", "deadline", "memory"}
 """What every room may import."""
 
 RUN = {"fs", "segment", "run"}
@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "ids": set(),
     "failpoints": set(),
     "deadline": set(),
+    "memory": set(),
     "fs": set(),
     "config": set(),
     "slurm": set(),

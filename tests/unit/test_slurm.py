@@ -62,6 +62,15 @@ def test_fields_of_a_record_are_read_by_name() -> None:
     )
 
 
+def test_the_steps_exit_code_is_asked_for(tool) -> None:
+    """Of a step that ended for want of memory the job's own exit code does not tell."""
+    record = "JobId=3 JobName=a JobState=FAILED ExitCode=1:0 DerivedExitCode=0:125"
+    tool("scontrol", f'case "$*" in *" -d "*) echo "{record}";; *) echo "JobId=3";; esac')
+
+    assert ["0:125"] == [info.step_exit_code for info in slurm.show_job("3", details=True)]
+    assert [None] == [info.step_exit_code for info in slurm.show_job("3")]
+
+
 def test_job_name_cannot_pose_as_fields() -> None:
     """A job's name that looks like fields changes none of them."""
     name = "x JobState=COMPLETED Restarts=9 y"

@@ -33,6 +33,7 @@ class Death:
     source: int | None = None
     stage: int = 0
     overdue: bool = False
+    out_of_memory: bool = False
 
 
 @dataclass
@@ -82,6 +83,7 @@ class ScriptedPool:
     log: list[Submitted] = field(default_factory=list)
     starts: list[WorkerRef] = field(default_factory=list)
     retired: list[WorkerRef] = field(default_factory=list)
+    oom_deaths: int = 0
     _events: list[Event] = field(default_factory=list)
     _calls: dict[WorkerRef, deque[tuple[int, Inputs, bool]]] = field(
         default_factory=lambda: defaultdict(deque)
@@ -141,7 +143,8 @@ class ScriptedPool:
         death = self.kills(worker, inputs, marked)
         if death is not None:
             del self._calls[worker]
-            self._events.append(Died(worker, "dead", death.source, death.stage, death.overdue))
+            seen = (death.source, death.stage, death.overdue, death.out_of_memory)
+            self._events.append(Died(worker, "dead", *seen))
             return
         self._calls[worker].popleft()
         chain = self._chains[worker.group]

@@ -13,6 +13,7 @@ import hpcresume as hr
 from hpcresume.engine.calls import Inputs
 from hpcresume.engine.executor import Limits, StageBrokenError
 from hpcresume.engine.pool import WorkerRef
+from hpcresume.pipeline.child import CommandOutOfMemoryError
 from tests.unit.engine.pools import Bench, Death
 
 
@@ -630,3 +631,127 @@ def test_death_of_an_async_worker_suspects_all_it_held(tmp_path: Path) -> None:
     assert bench.run()
     assert [(11, 1, "death"), (11, 2, "death")] == bench.outcomes.charged()
     assert set(range(40)) - {11} == bench.outcomes.rows.keys()
+
+
+def starving(
+    *sources: int, named: bool, most_beside: int = 10**9
+) -> Callable[[WorkerRef, Inputs, bool], Death | None]:
+    """Return a script in which memory runs out for a call with one of these sources."""
+
+    def kills(_worker: WorkerRef, inputs: Inputs, marked: bool) -> Death | None:
+        hungry = [source for source in inputs.sources if source in sources]
+        if not hungry or (len(inputs) == 1 and most_beside == 0):
+            return None
+        return Death(hungry[0] if named and marked else None, out_of_memory=True)
+
+    return kills
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_source_that_needs_more_memory(tmp_path: Path, *, named: bool, workers: int) -> None:
+    """It is charged once, after an end with nothing beside it, and left for a later round."""
+    bench = Bench(
+        *(tmp_path, [one], list(range(300))),
+        workers=workers,
+        limits=Limits(memory_mib=900),
+        kills=starving(137, named=named),
+    )
+    assert bench.run()
+    assert [(137, 1, "out-of-memory")] == bench.outcomes.charged()
+    (failure,) = bench.outcomes.failures
+    assert 900 == failure.short_mib
+    assert "900 MiB were not enough for it alone. It is tried again with more" in failure.message
+    assert (1, 0, 299) == (
+        bench.executor.deferred,
+        bench.executor.quarantined,
+        bench.executor.completed,
+    )
+    assert [[137]] == bench.outcomes.alone
+    assert ([137], 0) == (bench.pool.log[-1].sources, bench.pool.log[-1].beside)
+    assert {} == bench.outcomes.open
+
+
+def test_source_that_gets_no_more_memory(tmp_path: Path) -> None:
+    """Where there is no more it is charged each of its attempts, and every one has it all."""
+    limits = Limits(memory_mib=900, memory_limit="That is all there is")
+    kills = starving(7, named=True)
+    bench = Bench(tmp_path, [one], list(range(30)), workers=2, limits=limits, kills=kills)
+    assert bench.run()
+    assert [(7, n, "out-of-memory") for n in (1, 2, 3)] == bench.outcomes.charged()
+    assert {0} == {failure.short_mib for failure in bench.outcomes.failures}
+    assert "for it alone. That is all there is" in bench.outcomes.failures[0].message
+    assert (0, 1) == (bench.executor.deferred, bench.executor.quarantined)
+    assert [[7]] * 3 == bench.outcomes.alone
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_memory_runs_out_only_in_company(tmp_path: Path, *, named: bool) -> None:
+    """Whom the kernel took for the others' memory completes alone, and is charged nothing."""
+    bench = Bench(
+        *(tmp_path, [one], list(range(100))),
+        workers=3,
+        limits=Limits(memory_mib=900),
+        kills=starving(40, 41, 60, named=named, most_beside=0),
+        seconds_per_item=1e-4,
+    )
+    assert bench.run()
+    assert [] == bench.outcomes.failures
+    assert set(range(100)) == bench.outcomes.rows.keys()
+
+
+def test_memory_runs_out_in_a_later_group(tmp_path: Path) -> None:
+    """The source starts again from its beginning, alone, and its rows are there once."""
+    deaths = iter([Death(3, stage=1, out_of_memory=True)])
+
+    def kills(worker: WorkerRef, inputs: Inputs, _marked: bool) -> Death | None:
+        return next(deaths, None) if worker.group == 1 and 3 in inputs.sources else None
+
+    bench = Bench(tmp_path, [fan, second], [4] * 20, limits=Limits(memory_mib=900), kills=kills)
+    assert bench.run()
+    assert [] == bench.outcomes.failures
+    assert {i: [0, 1, 2, 3] for i in range(20)} == bench.outcomes.rows
+    assert {} == bench.outcomes.open
+
+
+def test_stop_before_the_hungry_ran_is_not_settled(tmp_path: Path) -> None:
+    """A source that waits to run alone is left for the next attempt."""
+    limits = Limits(memory_mib=900, chunk_max=1)
+    kills = starving(3, named=True)
+    bench = Bench(tmp_path, [one], list(range(30)), limits=limits, kills=kills)
+
+    def tick() -> bool:
+        if bench.executor.failing:
+            bench.executor.stop()
+        return True
+
+    assert not bench.run(tick)
+    assert [] == bench.outcomes.failures
+    assert 1 == bench.executor.failing
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("limit", ["", "no more"])
+def test_commands_that_memory_runs_out_for(tmp_path: Path, stages: int, limit: str) -> None:
+    """A command that the kernel kills in company is run again alone, and charged only there."""
+    tries: list[int] = []
+
+    def command(x: int) -> int:
+        tries.append(x)
+        if x == 7 or (x == 3 and tries.count(3) == 1):
+            raise CommandOutOfMemoryError(-9, ["simulate"], "", "")
+        return x
+
+    limits = Limits(memory_mib=900, memory_limit=limit, chunk_max=4)
+    bench = Bench(
+        *(tmp_path, [command, second][:stages], list(range(30))), workers=2, limits=limits
+    )
+    assert bench.run()
+    charges = 3 if limit else 1
+    expected = [(7, n, "out-of-memory") for n in range(1, charges + 1)]
+    assert expected == bench.outcomes.charged()
+    assert {0 if limit else 900} == {failure.short_mib for failure in bench.outcomes.failures}
+    assert "900 MiB were not enough for it alone" in bench.outcomes.failures[0].message
+    assert (1 + charges, 2) == (tries.count(7), tries.count(3))
+    assert set(range(30)) - {7} == bench.outcomes.rows.keys()
+    assert ({}, 1 - bool(limit)) == (bench.outcomes.open, bench.executor.deferred)

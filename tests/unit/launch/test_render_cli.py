@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pyroaring import BitMap
 
 from hpcresume.cli import cli
+from hpcresume.merge.generation import load_newest, write_generation
+from hpcresume.run.directory import RunDir
 from tests.support.places import child_environment
 from tests.unit.launch.jobs import bash_syntax, sbatch_reads
 
@@ -218,3 +222,29 @@ def test_the_real_command_renders_where_there_is_no_slurm(place):
     assert 0 == done.returncode, done.stderr
     assert "#SBATCH --array=0-1\n" in done.stdout
     assert ["figures.py", "home"] == files_of(place)
+
+
+def test_sources_that_need_more_memory_have_a_script_of_their_own(place):
+    """Both arrays are shown, without Slurm, as the next round would submit them."""
+    (place / "lines.txt").write_text("a\nb\nc\n")
+    (place / "lines.py").write_text(
+        "import hpcresume as hr\n"
+        "def pipeline(): return hr.Pipeline('lines', hr.lines('lines.txt'), [str])\n"
+    )
+    run = place / "run"
+    submit = ("submit", "lines.py", "--run-dir", run, "--cluster", "local", "--engine", "inline")
+    assert 0 == call(*submit).exit_code
+    with (place / "lines.txt").open("a") as file:
+        file.write("d\ne\nf\n")
+    opened = RunDir.open(str(run))
+    union = load_newest(opened)
+    union.note_short(BitMap([4]), 1000)
+    write_generation(opened, union)
+
+    shown = rendered(*("render", "lines.py", "--run-dir", run, "--mem", "1000M", "--array", "2"))
+
+    texts = list(shown["arrays"].values())
+    options = [dict(sbatch_reads(text)) for text in texts]
+    assert [("0-0", "1000M"), ("1-1", "1500M")] == [(o["array"], o["mem"]) for o in options]
+    assert (2, texts[0]) == (shown["tasks"], shown["array"])
+    assert ["submit", "submit-00001"] == [Path(path).parent.name for path in shown["arrays"]]

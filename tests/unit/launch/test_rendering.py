@@ -42,6 +42,12 @@ def test_empty_requests_leave_their_options_out():
     assert ("1", "1", "1") == (options["nodes"], options["ntasks"], options["cpus-per-task"])
 
 
+def test_elements_are_numbered_through_the_round():
+    """A second array of a round begins where the first one ends."""
+    options = dict(sbatch_reads(render_array(array_job(first=64, tasks=3, throttle=2), settings())))
+    assert "64-66%2" == options["array"]
+
+
 def test_a_request_of_the_job_replaces_that_of_the_settings():
     """A round may ask for more memory than the settings do."""
     resolved = settings({"request": {"mem": "4G", "cpus_per_task": 3}})

@@ -7,6 +7,7 @@ import pytest
 from hpcresume.errors import RunDirError
 from hpcresume.launch.drive import merge_step
 from hpcresume.launch.rounds import plan_round, settle, stand, tasks_needed
+from hpcresume.launch.slurm_round import close_round
 from hpcresume.merge.plan import Launch, open_plan
 from hpcresume.run.directory import CLOSED
 from hpcresume.run.manifest import Listing, Manifest, write_part
@@ -155,7 +156,7 @@ def test_a_round_at_work_is_no_reason_to_stop(tmp_path):
 def test_rounds_that_were_never_submitted_do_not_count(tmp_path):
     """A round whose sbatch was lost and which was dealt anew has not failed."""
     made = make_run(tmp_path)
-    made.run.close_round(0)
+    close_round(made.run, open_plan(made.run, 0))
     made.plan(round_=1)
 
     assert "" == settle(made.run, Manifest.open(made.run), RESOLVED, judge=True).stopped
@@ -165,9 +166,9 @@ def test_a_closed_round_belongs_to_no_array(tmp_path):
     """An array that comes late to a closed round finds it taken; one that was first keeps it."""
     made = make_run(tmp_path, tasks=1)
     made.plan(round_=1)
-    made.run.close_round(0)
+    close_round(made.run, open_plan(made.run, 0))
     first = made.run.claim_round(1, "12")
-    made.run.close_round(1)
+    close_round(made.run, open_plan(made.run, 1))
 
     assert (CLOSED, "12") == (made.run.claim_round(0, "11"), first)
     assert [CLOSED, "12", None] == [made.run.round_owner(round_) for round_ in (0, 1, 2)]

@@ -150,6 +150,29 @@ def test_a_chunk_that_came_back_is_not_in_flight(ledger: Ledger) -> None:
     committer.close()
 
 
+def test_a_mark_can_be_waited_for(ledger: Ledger) -> None:
+    """Before the call runs, what it holds would survive this process; results still wait."""
+    committer = GroupCommitter(ledger, max_delay_s=3600)
+    committer.add(frame=frame([1]), sources=1)
+    for call in range(1, 50):
+        committer.mark(call, InFlight(BitMap([call])).encode(), wait=True)
+        assert BitMap([call]) == ledger.in_flight()[-1].sources
+    assert [] == list(ledger.pending())
+    committer.close()
+
+
+def test_a_mark_that_fails_is_told(ledger: Ledger) -> None:
+    """Nobody waits for a mark that cannot be written."""
+    committer = GroupCommitter(ledger)
+
+    def full(_batch: Batch) -> int:
+        raise LocalStorageError("full")
+
+    ledger.commit = full
+    with pytest.raises(LocalStorageError, match="full"):
+        committer.mark(1, InFlight(BitMap([1])).encode(), wait=True)
+
+
 def test_a_mark_does_not_commit_results(ledger: Ledger) -> None:
     """A mark is written at once and alone: it costs no sync of the results that wait."""
     committer = GroupCommitter(ledger, max_delay_s=3600)

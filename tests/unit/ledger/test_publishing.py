@@ -13,7 +13,7 @@ from pyroaring import BitMap
 from hpcresume.errors import InternalError, LocalStorageError, SharedStorageError
 from hpcresume.fs import digest_of
 from hpcresume.ids import ROOT, ItemPath
-from hpcresume.ledger.publishing import PublishReceipt, output_path, publish_pending
+from hpcresume.ledger.publishing import Death, PublishReceipt, output_path, publish_pending
 from hpcresume.ledger.store import Batch, InFlight, Ledger, LedgerIdentity, LedgerState
 from hpcresume.merge.generation import read_union
 from hpcresume.run.directory import AttemptRef, RunDir
@@ -95,17 +95,20 @@ def test_publishing_twice_is_harmless(run: RunDir, ledger: Ledger) -> None:
 
 
 def test_what_was_in_flight_at_a_death(run: RunDir, ledger: Ledger) -> None:
-    """Only on request: calls are suspects, and the source of a call alone is charged."""
+    """
+    Only on request: calls are suspects, and the source of a call alone is charged, but not
+    those of calls that ended before it and whose marks are still there.
+    """
     write_part(run, 1, first=0, listing=Listing((f"s{n}", b"", 1.0) for n in range(10)))
-    ledger.commit(Batch(mark={1: InFlight(BitMap([4, 5])).encode(),
-                              2: InFlight(BitMap([7]), alone=True).encode()}))  # fmt: skip
+    marks = {call: InFlight(BitMap([call]), alone=True).encode() for call in (4, 5, 7)}
+    ledger.commit(Batch(mark=marks))
     assert [] == segment_of(run, publish_pending(ledger, run, seq=1)).footer.suspects
 
     for seq in (2, 3):
-        publish_pending(ledger, run, seq=seq, with_suspects=True)
+        publish_pending(ledger, run, seq=seq, death=Death())
 
     union = read_union(run, max_attempts=3)
-    assert BitMap([4, 5]) in union.open_suspects()
+    assert [BitMap([7])] * 2 == union.open_suspects()
     assert {7: 1} == union.attempts()
     assert ("death", "s7") == (union.failures[7].last.kind, union.failures[7].last.source_id)
 
@@ -135,6 +138,31 @@ def test_few_interrupted_sources_are_told(run: RunDir, ledger: Ledger) -> None:
     footer = segment_of(run, publish_pending(ledger, run, seq=1, interrupted_at=100.0)).footer
 
     assert (4096, 10.0) == (len(footer.ran), footer.ran[20_000])
+
+
+def test_everything_in_flight_at_a_death_is_suspect(run: RunDir, ledger: Ledger) -> None:
+    """With several calls in flight nobody is charged, and all of them want more memory."""
+    marks = {1: InFlight(BitMap([7]), alone=True), 2: InFlight(BitMap([4, 5]))}
+    ledger.commit(Batch(mark={call: mark.encode() for call, mark in marks.items()}))
+
+    publish_pending(ledger, run, seq=1, death=Death("out-of-memory", "why", short_mib=900))
+
+    union = read_union(run, max_attempts=3)
+    assert [BitMap([7]), BitMap([4, 5])] == union.open_suspects()
+    assert ({}, {900: BitMap([4, 5, 7])}) == (union.attempts(), union.short)
+
+
+def test_a_source_that_memory_ran_out_for_alone(run: RunDir, ledger: Ledger) -> None:
+    """It is charged, with the reason, and wants more than it had."""
+    write_part(run, 1, first=0, listing=Listing((f"s{n}", b"", 1.0) for n in range(10)))
+    ledger.commit(Batch(mark={1: InFlight(BitMap([7]), alone=True).encode()}))
+
+    publish_pending(ledger, run, seq=1, death=Death("out-of-memory", "why", short_mib=900))
+
+    union = read_union(run, max_attempts=3)
+    last = union.failures[7].last
+    assert ("out-of-memory", "why", 900) == (last.kind, last.message, last.short_mib)
+    assert ({7: 1}, {900: BitMap([7])}) == (union.attempts(), union.short)
 
 
 # -- files of sources -------------------------------------------------------------------------

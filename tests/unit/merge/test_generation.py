@@ -534,3 +534,61 @@ def test_nothing_published_ever_changes(sim: RunDir) -> None:
     write_generation(sim, union)
     merge(sim)
     assert before.items() <= sim.fs.server.files().items()
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def short_of(union: Union) -> dict[int, list[int]]:
+    """Return the sources by the memory that was not enough for them."""
+    return {mib: list(sources) for mib, sources in sorted(union.short.items())}
+
+
+def test_steps_towards_enough_memory_are_one_try(run: RunDir) -> None:
+    """A source that fails with more and more memory is charged once and never given up for it."""
+    for round_, mib in enumerate((900, 1350, 2025, 3038)):
+        step = failure(7, attempt=round_ + 1, kind="out-of-memory", short_mib=mib)
+        publish_segment(run, (round_, 0, 1), 1, failures=[step])
+        union = merge(run)
+        assert ({7: 1}, {mib: [7]}) == (union.attempts(), short_of(union))
+        assert [] == list(union.quarantined())
+
+    publish_segment(run, (4, 0, 1), 1, failures=[failure(7, attempt=2, kind="out-of-memory")])
+    publish_segment(run, (4, 0, 1), 2, failures=[failure(7, attempt=3, kind="out-of-memory")])
+    assert ({7: 3}, [7]) == (union_of(run).attempts(), list(union_of(run).quarantined()))
+
+
+def test_a_step_after_other_failures_is_a_try(run: RunDir) -> None:
+    """It is charged the first time, and does not quarantine by itself."""
+    publish_segment(run, (0, 0, 1), 1, failures=[failure(7, attempt=1), failure(7, attempt=2)])
+    step = failure(7, attempt=3, kind="out-of-memory", short_mib=900)
+    publish_segment(run, (0, 0, 1), 2, failures=[step])
+    union = union_of(run)
+    assert ({7: 3}, []) == (union.attempts(), list(union.quarantined()))
+
+
+def test_suspects_that_memory_ran_out_for(run: RunDir) -> None:
+    """Nobody is charged; all want more, each by the most that was tried for it."""
+    publish_segment(run, (0, 0, 1), 1, [1], suspects=[[1, 2, 3]], short_mib=900)
+    publish_segment(run, (0, 1, 1), 1, suspects=[[3, 4]], short_mib=600)
+    publish_segment(run, (1, 0, 1), 1, [2], suspects=[[4]], short_mib=1350)
+    union = merge(run)
+    assert ({}, {900: [3], 1350: [4]}) == (union.attempts(), short_of(union))
+    assert short_of(union) == short_of(load_newest(run))
+
+
+def test_what_completes_wants_no_memory(run: RunDir) -> None:
+    """Whatever memory it was that sufficed."""
+    publish_segment(run, (0, 0, 1), 1, suspects=[[2, 3]], short_mib=900)
+    merge(run)
+    publish_segment(run, (0, 0, 1), 2, [3])
+    publish_segment(run, (1, 0, 1), 1, [2])
+    assert {} == short_of(merge(run)) == short_of(load_newest(run))
+
+
+def test_order_of_segments_does_not_matter_for_memory(sim: RunDir) -> None:
+    """A late segment of an earlier round lowers nothing that a later one found out."""
+    publish_segment(sim, (1, 0, 1), 1, suspects=[[4]], short_mib=1350)
+    merge(sim)
+    publish_segment(sim, (0, 0, 2), 1, suspects=[[4, 5]], short_mib=900)
+    assert {900: [5], 1350: [4]} == short_of(union_of(sim))

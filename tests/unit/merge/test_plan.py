@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +14,13 @@ from pyroaring import BitMap
 from hpcresume.errors import CorruptDataError
 from hpcresume.merge.plan import (
     DEAL_BY_COST_BELOW,
+    ArrayPlan,
     Launch,
     PlanFooter,
     deal,
     make_shards,
     open_plan,
+    share,
     write_plan,
 )
 from hpcresume.run.directory import RunDir
@@ -161,3 +164,37 @@ def read_all(run: RunDir) -> None:
     plan = open_plan(run, 0)
     for task in range(2):
         plan.shard(task).bitmap()
+
+
+def test_arrays_of_a_plan(run: RunDir) -> None:
+    """Each task belongs to one array; a plan that names none is one array of all tasks."""
+    shards = make_shards([BitMap([1]), BitMap([2]), BitMap([3])], {}, [])
+    more = ArrayPlan(2, 1, 900, "no more")
+    two = msgspec.structs.replace(footer(run, 3), arrays=[ArrayPlan(0, 2), more])
+    write_plan(run, two, shards)
+    write_plan(run, footer(run, 3, round_=1), shards)
+
+    plan, plain = open_plan(run, 0), open_plan(run, 1)
+
+    assert [0, 0, 900] == [plan.array_of(task).memory_mib for task in range(3)]
+    assert more == plan.array_of(2)
+    assert [ArrayPlan(0, 3)] == plain.arrays
+    with pytest.raises(IndexError, match="round 0 has no task 3"):
+        plan.array_of(3)
+
+
+@given(st.integers(1, 200), st.lists(st.integers(1, 10**7), min_size=1, max_size=6))
+def test_tasks_are_shared_in_proportion(total: int, sizes: list[int]) -> None:
+    """At least one each, never more than sources, and no task spared that could carry load."""
+    shares = share(total, sizes)
+    assert all(1 <= mine <= size for mine, size in zip(shares, sizes, strict=True))
+    assert max(len(sizes), min(total, sum(sizes))) == sum(shares)
+    heaviest = max(size / mine for mine, size in zip(shares, sizes, strict=True))
+    even = sum(sizes) / max(1, sum(shares) - len(sizes) + 1)
+    assert heaviest <= max(even, 1) * 2
+
+
+def test_two_groups_share_as_they_need() -> None:
+    """One source of a hundred gets one task of eight; a task for each even if one is too few."""
+    assert [[7, 1], [1, 1], [1]] == [share(8, [99, 1]), share(1, [99, 1]), share(8, [1])]
+    assert [1] == share(4, [0])

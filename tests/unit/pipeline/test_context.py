@@ -14,6 +14,8 @@ import pytest
 
 from hpcresume.errors import PipelineError
 from hpcresume.ids import ItemPath
+from hpcresume.memory import MemoryGroup
+from hpcresume.pipeline.child import CommandOutOfMemoryError
 from hpcresume.pipeline.context import Context, item_seed
 
 
@@ -164,6 +166,26 @@ def test_a_failing_command_raises_with_its_last_words(context: Context) -> None:
         assert 3 == error.returncode
         assert "line 500" in str(error)
         assert "line 400\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("script", "kills", "is_starved"),
+    [
+        ("kill -9 $$", [4, 5], True),
+        ("sh -c 'kill -9 $$'; exit $?", [4, 5], True),
+        ("kill -9 $$", [4, 4], False),
+        ("exit 1", [4, 5], False),
+    ],
+)
+def test_a_command_that_memory_ran_out_for(
+    context: Context, monkeypatch, script: str, kills: list[int], is_starved: bool
+) -> None:
+    """It died of SIGKILL, and the kernel says that it killed something meanwhile."""
+    monkeypatch.setattr(MemoryGroup, "kills", lambda _self: kills.pop(0) if kills else 5)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        context.run(["sh", "-c", script])
+    assert is_starved is isinstance(caught.value, CommandOutOfMemoryError)
+    assert is_starved is str(caught.value).startswith("memory ran out, and the kernel killed it:")
 
 
 def test_a_failing_command_may_be_looked_at(context: Context) -> None:

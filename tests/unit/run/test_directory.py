@@ -261,6 +261,14 @@ def test_the_first_array_owns_the_round(place: Place) -> None:
     assert ["claim"] == place.fs.listdir(run.round_path(0))
 
 
+def test_each_request_has_an_owner(place: Place) -> None:
+    """The arrays of one round's requests own their tasks side by side."""
+    run = claimable(place.run())
+    assert ["11", "12"] == [run.claim_round(0, "11"), run.claim_round(0, "12", first=7)]
+    assert ["11", "12"] == [run.claim_round(0, "13"), run.claim_round(0, "13", first=7)]
+    assert ["claim", "claim-00007"] == sorted(place.fs.listdir(run.round_path(0)))
+
+
 def test_two_arrays_claim_at_once(server: SimServer) -> None:
     """Two that claim at the same moment agree on one owner."""
     first, second = claimable(client(server)), client(server)
