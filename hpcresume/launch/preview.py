@@ -12,11 +12,11 @@ from hpcresume.fs import POSIX
 from hpcresume.launch.packing import capacity
 from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
-from hpcresume.launch.rounds import newest_plan, stand
+from hpcresume.launch.rounds import stand
 from hpcresume.launch.slurm_round import make_array_job, make_merge_job
 from hpcresume.launch.submit import Submission, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME
-from hpcresume.merge.plan import KIND, Launch, Plan, PlanFooter
+from hpcresume.merge.plan import KIND, Launch, Plan, PlanFooter, newest_plan
 from hpcresume.pipeline.load import LoadedPipeline, load_pipeline, load_snapshot, parse_target
 from hpcresume.pipeline.params import parameter_digest
 from hpcresume.pipeline.pipeline import Pipeline

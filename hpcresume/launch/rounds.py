@@ -34,8 +34,9 @@ from hpcresume.merge.plan import (
     Plan,
     PlanFooter,
     deal,
+    is_damaged,
     make_shards,
-    open_plan,
+    whole_plans,
     write_plan,
 )
 from hpcresume.pipeline.pipeline import Pipeline
@@ -107,13 +108,20 @@ def settle(run: RunDir, manifest: Manifest, settings: Settings, *, judge: bool =
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 
-def withhold(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[int]) -> Standing:
+def withhold(
+    run: RunDir, manifest: Manifest, settings: Settings, plan: Plan, tasks: list[int]
+) -> Standing:
     """Keep the shards of cancelled array tasks out of the next rounds until the user submits.
 
     Somebody cancelled them on purpose; bringing them back would be against it.
+
+    Args:
+        run: The run.
+        manifest: Its sources.
+        settings: Settings of the run.
+        plan: The plan of the tasks' round, which another merge may have followed up by now.
+        tasks: The cancelled tasks.
     """
-    plan = newest_plan(run)
-    assert plan is not None
     for _ in range(_TRIES):
         standing = stand(run, manifest, settings)
         union, round_ = standing.union, plan.footer.round
@@ -181,7 +189,12 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
         count = len(standing.union.withheld)
         return f"{count} sources belong to array tasks that were cancelled" if count else ""
     # One whose sbatch was lost, and which was dealt anew, says nothing.
-    rounds = [round_ for round_ in run.rounds() if run.job_records(round_) or run.tasks(round_)]
+    plans = [
+        plan
+        for plan in reversed(list(whole_plans(run)))
+        if run.job_records(plan.footer.round) or run.tasks(plan.footer.round)
+    ]
+    rounds = [RoundIndex(plan.footer.round) for plan in plans]
     if not rounds:
         return ""
     if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:
@@ -189,8 +202,7 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     too_long = _too_long(run, standing, rounds[-1])
     if too_long:
         return too_long
-    plans = [open_plan(run, round_).footer.sources for round_ in rounds]
-    counts = [*plans, len(standing.remainder)]
+    counts = [*(plan.footer.sources for plan in plans), len(standing.remainder)]
     fruitless = 0
     while fruitless < len(rounds) and counts[-1 - fruitless] >= counts[-2 - fruitless]:
         fruitless += 1
@@ -289,6 +301,8 @@ def plan_round(
         FileExistsError: Another process planned this round.
     """
     number = RoundIndex(after.footer.round + 1 if after else 0)
+    while is_damaged(run, number):
+        number = RoundIndex(number + 1)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
     most = min(launch.array, at_most)
     if launch.cluster == "slurm":
@@ -368,12 +382,6 @@ def _mean_weight(sources: BitMap, weight_of: Callable[[int], float] | None) -> f
     step = max(1, len(sources) // _SAMPLE)
     weights = [weight_of(sources[at]) for at in range(0, len(sources), step)]
     return sum(weights) / len(weights) if weights else 0.0
-
-
-def newest_plan(run: RunDir) -> Plan | None:
-    """Return the newest round's plan, None before the first."""
-    rounds = run.rounds()
-    return open_plan(run, rounds[-1]) if rounds else None
 
 
 def plan_settings(plan: Plan) -> Settings:

@@ -35,7 +35,6 @@ from hpcresume.deadline import write_deadline
 from hpcresume.engine.ray_places import check_ray_places
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
-from hpcresume.merge.generation import read_task_union
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
 from hpcresume.segment import bitmap as bitmaps
@@ -82,6 +81,7 @@ from hpcresume.task.scratch import (
     make_scratch,
     sweep,
 )
+from hpcresume.task.shard import left_of_shard
 from hpcresume.task.time_limit import TimeLimit
 
 _TICK_S = 0.5
@@ -199,28 +199,10 @@ class Supervisor:
 
     def _work(self) -> Work | None:
         """Return what is left of the shard, None when that is nothing."""
-        shard = self._plan.shard(self._task)
         limit = self._settings.run.max_attempts
-        union = read_task_union(self._run, self._round, self._task, max_attempts=limit)
-        elsewhere = [
-            read_task_union(self._run, ref.round, ref.task, max_attempts=limit).completed
-            for ref in self._recovered
-        ]
-        attempts = dict(shard.attempts)
-        for source, failures in union.attempts().items():
-            attempts[source] = attempts.get(source, 0) + failures
-        exhausted = {source for source, count in attempts.items() if count >= limit}
-        left = shard.bitmap() - union.settled() - bitmaps.union(elsewhere)
-        left -= type(left)(exhausted & set(union.attempts()))
-        if not left:
-            return None
-        suspects = shard.suspects + [bitmaps.dump(group) for group in union.open_suspects()]
-        ran = {
-            source: max(shard.ran.get(source, 0.0), union.ran.get(source, 0.0))
-            for source in (shard.ran.keys() | union.ran.keys())
-            if source in left
-        }
-        return Work(bitmaps.dump(left), attempts, suspects, ran)
+        return left_of_shard(
+            self._run, self._plan, self._task, max_attempts=limit, recovered=self._recovered
+        )
 
     def _prepare(self, ref: AttemptRef) -> Scratch:
         info = AttemptInfo(
