@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from hpcresume import slurm
-from hpcresume.slurm import JobId
 from hpcresume.errors import SlurmUnreachableError
 from hpcresume.launch import drive, submit, submitit_executor
+from hpcresume.slurm import JobId
 from tests.simulation.world import Process
 from tests.support.places import RUN_ID
 
