@@ -42,7 +42,7 @@ class Job:
     process: Process | None = None
 
 
-def _entry(
+def _entry(  # noqa: PLR0917  # the columns of squeue
     job: str, array: str, task: int | None, name: str, state: str, dependency: str = ""
 ) -> slurm.QueueEntry:
     return slurm.QueueEntry(

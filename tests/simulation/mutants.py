@@ -126,7 +126,7 @@ _ROUNDS, _DRIVE, _SHARD = (
 
 PUBLISH = [
     Mutant("no read-back before the receipt", _FS,
-           "        found = digest_of(fs, path)\n", "        found = digest\n"),
+           "        found = digest_of(fs, path)\n", "        found = digest\n", seeds=6000),
     Mutant("no fsync of the file", _FS,
            "            handle.sync()\n            failpoint", "            failpoint"),
     Mutant("no fsync of the directory", _FS,
@@ -205,8 +205,8 @@ ROUND = [
            "return Standing(union, left - union.withheld, len(owed))",
            "return Standing(union, left, len(owed))", seeds=6000),
     Mutant("every array owns the round", _DIRECTORY,
-           "                return self.fs.read(path).decode()\n",
-           "                return owner\n"),
+           "                return self.fs.read(path).decode()\n        return owner",
+           "                return owner\n        return owner"),
     Mutant("a stop mark is overlooked", _DIRECTORY,
            'return self._newest_mark()[1] == "stop"', "return False", seeds=6000),
     Mutant("an attempt repeats its task's work", _SHARD,
