@@ -30,7 +30,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -153,7 +153,11 @@ class PosixFileSystem:
 
     def exists(self, path: str) -> bool:
         """Tell whether a name exists."""
-        return os.path.exists(path)
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def sync_directory(self, path: str) -> None:
         """Make a directory's names durable, where the file system can."""
@@ -191,24 +195,45 @@ class Receipt:
     digest: bytes
 
 
-@contextlib.contextmanager
-def storage_errors(what: str, path: str) -> Iterator[None]:
+class storage_errors:  # noqa: N801  # used as a function: `with storage_errors("read", path):`
     """Turn an OSError of the run directory's file system into a SharedStorageError.
 
     Args:
         what: What was tried, as a verb, for example ``read``.
         path: What it was tried on.
+        missing: Whether FileNotFoundError and NotADirectoryError pass as they are.
     """
-    try:
-        yield
-    except OSError as error:
+
+    __slots__ = ("_missing", "_path", "_what")
+
+    def __init__(self, what: str, path: str, *, missing: bool = False) -> None:
+        self._what, self._path, self._missing = what, path, missing
+
+    def __enter__(self) -> None:
+        """Nothing is needed."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Raise the typed error in place of an OSError."""
+        if not isinstance(error, OSError):
+            return
+        if self._missing and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return
         raise SharedStorageError(
-            f"cannot {what} {path}: {error.strerror or error}. "
+            f"cannot {self._what} {self._path}: {error.strerror or error}. "
             "The file system that holds the run directory refused it; local data is intact. "
             "Check space, quota and mount, then run the same command again.",
-            path=path,
+            path=self._path,
             errno=error.errno,
         ) from error
+
+
+def reading(path: str) -> storage_errors:
+    """Turn an OSError into a SharedStorageError, except that there is no such file.
+
+    Args:
+        path: What is read.
+    """
+    return storage_errors("read", path, missing=True)
 
 
 def ensure_directory(fs: FileSystem, path: str) -> None:
@@ -313,15 +338,22 @@ def _give_name(
             fs.rename(temporary, path)
     except OSError as error:
         # The reply may have been lost after the effect: the name itself tells.
-        with contextlib.suppress(OSError):
-            if digest_of(fs, path) == digest:
-                with contextlib.suppress(OSError):
-                    fs.unlink(temporary)
-                return
+        if _holds(fs, path, digest):
+            with contextlib.suppress(OSError):
+                fs.unlink(temporary)
+            return
         if exclusive and isinstance(error, FileExistsError):
             raise
         with storage_errors("name", path):
             raise
+
+
+def _holds(fs: FileSystem, path: str, digest: bytes) -> bool:
+    with storage_errors("look at", path, missing=True):
+        try:
+            return digest_of(fs, path) == digest
+        except FileNotFoundError:
+            return False
 
 
 def _link_or_create(fs: FileSystem, temporary: str, path: str) -> None:
@@ -361,9 +393,14 @@ def digest_of(fs: FileSystem, path: str) -> bytes:
 
 
 def list_names(fs: FileSystem, path: str) -> list[str]:
-    """Return the published names in a directory, sorted; none where it does not exist."""
+    """Return the published names in a directory, sorted; none where it does not exist.
+
+    Raises:
+        SharedStorageError: The file system refused.
+    """
     try:
-        names = fs.listdir(path)
+        with reading(path):
+            names = fs.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if not name.startswith("."))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
-PYTEST_STEPS = ("unit", "property", "site", "integration", "e2e")
+PYTEST_STEPS = ("unit", "property", "simulation", "site", "integration", "e2e")
 # pytest's last line: what passed, failed and was skipped.
 PYTEST_ENDS = re.compile(r"^=+ (?P<counts>.*\bin \d[\d.]*s.*?) =+$")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -109,7 +109,8 @@ def _requeue(run: RunDir, *, patience_s: float) -> Step:
 
 def _unite(run: RunDir) -> Step:
     from hpcresume.launch.drive import Step as DriveStep
-    from hpcresume.launch.rounds import newest_plan, plan_settings, settle
+    from hpcresume.launch.rounds import plan_settings, settle
+    from hpcresume.merge.plan import newest_plan
     from hpcresume.run.manifest import Manifest
 
     plan = newest_plan(run)

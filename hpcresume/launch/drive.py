@@ -24,7 +24,6 @@ from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
     Standing,
     mark_finished,
-    newest_plan,
     note_starved,
     plan_round,
     plan_settings,
@@ -42,7 +41,7 @@ from hpcresume.launch.slurm_round import (
     take_up,
 )
 from hpcresume.launch.stopping import unless_stopped
-from hpcresume.merge.plan import Launch, Plan, open_plan
+from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import JobRecord, RunDir, check_owner
@@ -171,16 +170,19 @@ def _merge_once(run: RunDir) -> Step:
         standing = settle(run, manifest, settings, judge=True)
         starved = starved_tasks(run, round_)
         if starved:
-            standing = note_starved(run, manifest, settings, starved)
+            standing = note_starved(run, manifest, settings, plan, starved)
         tasks = cancelled_tasks(run, plan, standing.remainder)
-        standing = withhold(run, manifest, settings, tasks)
+        standing = withhold(run, manifest, settings, plan, tasks)
     if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
         finish_run(run, standing, pipeline)
         return Step("finished", standing)
     if run.stop_requested():
         return Step("cancelled", standing)
-    if standing.stopped:
+    if not standing.remainder:
+        # All that is left waits for the user: a round of nothing would follow on itself.
+        standing = settle(run, manifest, settings, judge=True)
+    if standing.stopped or not standing.remainder:
         return Step("stopped", standing)
     if run.was_submitted(round_):
         round_ = next_round(run, manifest, standing, plan)

@@ -14,12 +14,12 @@ from hpcresume.fs import POSIX
 from hpcresume.launch.ladder import make_ladder
 from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
-from hpcresume.launch.rounds import Standing, newest_plan, share_tasks, stand
+from hpcresume.launch.rounds import Standing, share_tasks, stand
 from hpcresume.launch.slurm_round import make_array_jobs, make_merge_job
 from hpcresume.launch.submit import Submission, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME
 from hpcresume.merge.generation import Union
-from hpcresume.merge.plan import KIND, ArrayPlan, Launch, Plan, PlanFooter
+from hpcresume.merge.plan import KIND, ArrayPlan, Launch, Plan, PlanFooter, newest_plan
 from hpcresume.pipeline.load import LoadedPipeline, load_pipeline, load_snapshot, parse_target
 from hpcresume.pipeline.params import parameter_digest
 from hpcresume.pipeline.pipeline import Pipeline

@@ -36,9 +36,10 @@ from hpcresume.merge.plan import (
     Plan,
     PlanFooter,
     deal,
+    is_damaged,
     make_shards,
-    open_plan,
     share,
+    whole_plans,
     write_plan,
 )
 from hpcresume.pipeline.pipeline import Pipeline
@@ -111,13 +112,20 @@ def settle(run: RunDir, manifest: Manifest, settings: Settings, *, judge: bool =
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 
-def withhold(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[int]) -> Standing:
+def withhold(
+    run: RunDir, manifest: Manifest, settings: Settings, plan: Plan, tasks: list[int]
+) -> Standing:
     """Keep the shards of cancelled array tasks out of the next rounds until the user submits.
 
     Somebody cancelled them on purpose; bringing them back would be against it.
+
+    Args:
+        run: The run.
+        manifest: Its sources.
+        settings: Settings of the run.
+        plan: The plan of the tasks' round, which another merge may have followed up by now.
+        tasks: The cancelled tasks.
     """
-    plan = newest_plan(run)
-    assert plan is not None
     for _ in range(_TRIES):
         standing = stand(run, manifest, settings)
         union, round_ = standing.union, plan.footer.round
@@ -149,14 +157,14 @@ def pardon(run: RunDir, round_: RoundIndex | int, tasks: list[int]) -> None:
     raise InternalError(f"{run.path}: {_TRIES} generations in a row were written by others")
 
 
-def note_starved(run: RunDir, manifest: Manifest, settings: Settings, tasks: list[int]) -> Standing:
+def note_starved(
+    run: RunDir, manifest: Manifest, settings: Settings, plan: Plan, tasks: list[int]
+) -> Standing:
     """Give more memory to what is left of array tasks that ended for want of it, all at once.
 
     Where Slurm ends the whole step on an out-of-memory kill nobody is left to say which
     sources were in flight, so it is everything that was not published.
     """
-    plan = newest_plan(run)
-    assert plan is not None
     for _ in range(_TRIES):
         standing = stand(run, manifest, settings)
         union, before = standing.union, learnt(standing)
@@ -213,7 +221,12 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
         count = len(standing.union.withheld)
         return f"{count} sources belong to array tasks that were cancelled" if count else ""
     # One whose sbatch was lost, and which was dealt anew, says nothing.
-    rounds = [round_ for round_ in run.rounds() if run.job_records(round_) or run.tasks(round_)]
+    plans = [
+        plan
+        for plan in reversed(list(whole_plans(run)))
+        if run.job_records(plan.footer.round) or run.tasks(plan.footer.round)
+    ]
+    rounds = [RoundIndex(plan.footer.round) for plan in plans]
     if not rounds:
         return ""
     if settings.run.max_rounds and len(rounds) >= settings.run.max_rounds:
@@ -221,9 +234,8 @@ def why_stopped(run: RunDir, standing: Standing, settings: Settings) -> str:
     too_long = _too_long(run, standing, rounds[-1])
     if too_long:
         return too_long
-    footers = [open_plan(run, round_).footer for round_ in rounds]
     now = (len(standing.remainder), -learnt(standing))
-    steps = [*((footer.sources, -footer.learnt) for footer in footers), now]
+    steps = [*((plan.footer.sources, -plan.footer.learnt) for plan in plans), now]
     fruitless = 0
     while fruitless < len(rounds) and _is_fruitless(steps[-2 - fruitless], steps[-1 - fruitless]):
         fruitless += 1
@@ -337,6 +349,8 @@ def plan_round(
             it would grant that.
     """
     number = RoundIndex(after.footer.round + 1 if after else 0)
+    while is_damaged(run, number):
+        number = RoundIndex(number + 1)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
     needed = tasks_needed(run, standing, weight_of, min_task_s=settings.run.min_task_s)
     most = min(launch.array, at_most, needed or at_most)
@@ -441,12 +455,6 @@ def share_tasks(
         demands = fold(demands, capacity(site))
     sizes = [len(demand.sources) for demand in demands]
     return list(zip(demands, share(most, sizes), strict=True))
-
-
-def newest_plan(run: RunDir) -> Plan | None:
-    """Return the newest round's plan, None before the first."""
-    rounds = run.rounds()
-    return open_plan(run, rounds[-1]) if rounds else None
 
 
 def plan_settings(plan: Plan) -> Settings:

@@ -31,10 +31,10 @@ from hpcresume.launch.drive import (
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
-from hpcresume.launch.rounds import newest_plan, pardon, plan_round, reopen, settle
+from hpcresume.launch.rounds import pardon, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, close_round, slurm_ladder, take_up
 from hpcresume.launch.stopping import unless_stopped
-from hpcresume.merge.plan import Launch, Plan, open_plan
+from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
 
@@ -230,6 +230,9 @@ def _submit_once(ready: Ready) -> Step:
     settings = ready.resolved.settings
     last = newest_plan(run)
     standing = settle(run, manifest, settings)
+    if not standing.remainder and standing.union.withheld:
+        # Somebody has cancelled array tasks at this moment, and a merge has taken note of it.
+        return Step("stopped", standing)
     if not standing.remainder:
         finish_run(run, standing, ready.prepared.loaded.pipeline)
         return Step("finished", standing)
@@ -243,6 +246,8 @@ def _submit_once(ready: Ready) -> Step:
         close_round(run, last)
         # What its tasks published before they ended may have come since.
         standing = settle(run, manifest, settings)
+        if not standing.remainder:
+            return _submit_once(ready)
     round_ = plan_round(
         run,
         manifest,

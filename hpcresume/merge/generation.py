@@ -11,14 +11,16 @@ Two merges at once cannot both write generation ``n``; the second one reads the 
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 from pyroaring import BitMap
 
-from hpcresume.errors import CorruptDataError, RunDirError
+from hpcresume.errors import CorruptDataError, RunDirError, SharedStorageError
 from hpcresume.fs import publish, storage_errors
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.run.directory import AttemptRef, RunDir, SegmentName
@@ -119,6 +121,7 @@ class Union:
         short: Sources by the memory of an array task, in MiB, that was not enough for them;
             each under the most that was tried.
         fresh: Segments that the generation had not folded.
+        fresh_paths: Their paths.
         passed_over: Highest number of a damaged generation that was passed over.
     """
 
@@ -135,6 +138,7 @@ class Union:
     pardoned: list[tuple[int, int]] = field(default_factory=list)
     short: dict[int, BitMap] = field(default_factory=dict)
     fresh: int = 0
+    fresh_paths: list[str] = field(default_factory=list)
     passed_over: int = 0
 
     def quarantined(self) -> BitMap:
@@ -156,11 +160,12 @@ class Union:
         if key in self.won:
             return
         failures = segment.failures()
+        suspects = [bitmaps.load(data, what=name) for data in footer.suspects]
         won = segment.completed - self.completed
         self.won[key] = won
         self.completed |= won
-        suspects = [bitmaps.load(data, what=name) for data in footer.suspects]
-        self.suspects.extend(suspects)
+        for group in suspects:
+            self.suspects = bitmaps.refine(self.suspects, group)
         for failure in failures:
             self._count(failure, footer.writer, max_attempts)
         if footer.short_mib:
@@ -220,7 +225,8 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
     """Return the newest generation and every published segment that it has not folded.
 
     A stale directory listing gives a subset; a later call gives a superset in which no
-    source has changed hands.
+    source has changed hands.  A damaged segment is set aside and tried again by every later
+    call, with its whole body: what was damaged may have been a cache, a disk or a path.
 
     Args:
         run: The run.
@@ -237,14 +243,25 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
 
 
 def _fold_named(run: RunDir, union: Union, name: SegmentName, *, max_attempts: int) -> None:
-    path = run.segment_path(name)
+    relative, path = relative_name(run, name), run.segment_path(name)
     try:
         segment = open_segment(run.fs, path, run_id=run.run_id)
         _refuse_misplaced(segment, name)
+        if relative in union.bad:
+            segment.verify()
         union.fold(segment, name.name, max_attempts=max_attempts)
+        union.bad.pop(relative, None)
+        union.fresh_paths.append(path)
     except CorruptDataError as error:
         log.warning("%s", error)
-        union.bad[relative_name(run, name)] = str(error)
+        union.bad.setdefault(relative, str(error))
+    except SharedStorageError as error:
+        # One file that cannot be read must not stop the run; where nothing can be read, the
+        # generation or the plan says so.
+        if error.fields.get("errno") != errno.EIO:
+            raise
+        log.warning("%s", error)
+        union.bad.setdefault(relative, str(error))
     except FileNotFoundError as error:
         # Listed, yet gone: the listing was out of date.
         log.warning("%s", error)
@@ -283,7 +300,7 @@ def newest_footer(run: RunDir, ref: AttemptRef) -> SegmentFooter | None:
     for name in reversed(run.segments(ref)):
         try:
             return open_segment(run.fs, run.segment_path(name), run_id=run.run_id).footer
-        except (CorruptDataError, OSError):
+        except (CorruptDataError, SharedStorageError, FileNotFoundError):
             # The merge step reports it; the one before tells nearly as much.
             continue
     return None
@@ -302,7 +319,7 @@ def unfolded(run: RunDir, union: Union) -> list[SegmentName]:
         found.extend(
             (writer, name.seq, name.name, name)
             for name in run.segments(ref)
-            if (writer, name.name) not in union.won and relative_name(run, name) not in union.bad
+            if (writer, name.name) not in union.won
         )
     return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:3])]
 
@@ -386,6 +403,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         FileExistsError: Another merge published that number first.
         SharedStorageError: The file system refused.
     """
+    _keep_names(run, union.fresh_paths)
     # A damaged generation keeps its number: nothing is overwritten.
     number = max(union.number, union.passed_over) + 1
     keys = list(union.won)
@@ -416,6 +434,21 @@ def write_generation(run: RunDir, union: Union) -> int:
     return number
 
 
+def _keep_names(run: RunDir, paths: list[str]) -> None:
+    """Make the names durable that a generation relies on.
+
+    A segment is seen as soon as it is renamed, and its writer may die before it has synced
+    the directory: a file server that restarts then would forget what a generation counts.
+    """
+    for directory in sorted({os.path.dirname(path) for path in paths}):
+        with storage_errors("sync", directory):
+            run.fs.sync_directory(directory)
+    for path in paths:
+        with storage_errors("look for", path):
+            if not run.fs.exists(path):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
 def take_back(run: RunDir, union: Union, bad: SegmentName, why: str) -> None:
     """Remove a segment whose body is bad and give its sources to other copies, or reopen them.
 
@@ -439,7 +472,7 @@ def take_back(run: RunDir, union: Union, bad: SegmentName, why: str) -> None:
         other = Folded(writer, name, 0).segment_name()
         try:
             segment = open_segment(run.fs, run.segment_path(other), run_id=run.run_id)
-        except (CorruptDataError, OSError) as error:
+        except (CorruptDataError, FileNotFoundError) as error:
             log.warning("%s", error)
             continue
         found = segment.completed & lost

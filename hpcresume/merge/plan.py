@@ -11,6 +11,7 @@ sources of known cost they are dealt longest first instead.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError
-from hpcresume.fs import Receipt, ensure_directory, publish
+from hpcresume.fs import Receipt, ensure_directory, publish, storage_errors
 from hpcresume.run.directory import RunDir
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
@@ -30,6 +31,7 @@ from hpcresume.segment.container import (
 
 KIND = b"PLAN"
 DEAL_BY_COST_BELOW = 10_000
+log = logging.getLogger(__name__)
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -180,7 +182,13 @@ def open_plan(run: RunDir, round_: int) -> Plan:
 
     Raises:
         CorruptDataError: The plan is damaged or of another run.
+        SharedStorageError: It is not there, or the file system refused.
     """
+    with storage_errors("read", run.plan_path(round_)):
+        return _open_plan(run, round_)
+
+
+def _open_plan(run: RunDir, round_: int) -> Plan:
     container = open_container(run.fs, run.plan_path(round_), KIND, PlanFooter)
     if container.footer.run_id != run.run_id:
         raise CorruptDataError(
@@ -189,6 +197,34 @@ def open_plan(run: RunDir, round_: int) -> Plan:
             path=container.path,
         )
     return Plan(container)
+
+
+def whole_plans(run: RunDir) -> Iterator[Plan]:
+    """Yield the plans of a run, the newest first; a damaged one is passed over.
+
+    What a damaged plan dealt is in the remainder, and its number is not used again.
+    """
+    for round_ in reversed(run.rounds()):
+        try:
+            yield _open_plan(run, round_)
+        except (CorruptDataError, FileNotFoundError) as error:
+            log.warning("%s", error)
+
+
+def is_damaged(run: RunDir, round_: int) -> bool:
+    """Tell whether a round's plan is there and cannot be read, so that its number is lost."""
+    try:
+        _open_plan(run, round_)
+    except CorruptDataError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def newest_plan(run: RunDir) -> Plan | None:
+    """Return the newest round's plan, None before the first."""
+    return next(whole_plans(run), None)
 
 
 def deal(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from pyroaring import BitMap
 
-from hpcresume.errors import CorruptDataError, RunDirError, SharedStorageError
+from hpcresume.errors import CorruptDataError, RunDirError
 from hpcresume.ids import ItemPath
 from hpcresume.merge.generation import (
     Folded,
@@ -28,7 +28,7 @@ from hpcresume.merge.generation import (
     take_back,
     write_generation,
 )
-from hpcresume.merge.plan import open_plan
+from hpcresume.merge.plan import newest_plan
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment.frame import Frame
@@ -208,13 +208,6 @@ class _BadSegment:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, CorruptDataError | FileNotFoundError):
             raise bad_segment(self._run, self._name, str(error)) from error
-        if isinstance(error, OSError):
-            path = self._run.segment_path(self._name)
-            raise SharedStorageError(
-                f"cannot read {path}: {error.strerror or error}. Its rows belong to the result. "
-                "Nothing is lost. Check the run directory's file system and run this again.",
-                path=path,
-            ) from error
 
 
 def bad_segment(run: RunDir, name: SegmentName, why: str) -> BadSegmentError:
@@ -228,8 +221,8 @@ def bad_segment(run: RunDir, name: SegmentName, why: str) -> BadSegmentError:
 
 def union_of(run: RunDir) -> Union:
     """Return what is done in a run as of now, under the settings of its newest round."""
-    rounds = run.rounds()
-    settings = open_plan(run, rounds[-1]).footer.settings if rounds else {}
+    plan = newest_plan(run)
+    settings = plan.footer.settings if plan is not None else {}
     max_attempts = settings.get("run", {}).get("max_attempts", DEFAULT_MAX_ATTEMPTS)
     return read_union(run, max_attempts=max_attempts)
 

@@ -46,6 +46,8 @@ from hpcresume.fs import (
     ensure_directory,
     list_names,
     publish,
+    reading,
+    storage_errors,
 )
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.segment.container import DECODE_ERRORS
@@ -311,7 +313,7 @@ class RunDir:
     def rounds(self) -> list[RoundIndex]:
         """Return the rounds that have a plan."""
         numbers = _numbers(_NUMBER, list_names(self.fs, self.join("rounds")))
-        return [RoundIndex(n) for n in numbers if self.fs.exists(self.plan_path(n))]
+        return [RoundIndex(n) for n in numbers if self._exists(self.plan_path(n))]
 
     def task_path(self, round_: int, task: int) -> str:
         """Return the directory of an array task."""
@@ -425,9 +427,15 @@ class RunDir:
         return publish(self.fs, path, [data], label=label, exclusive=True)
 
     def read_record(self, path: str, record_type: type[RecordT]) -> RecordT | None:
-        """Return a small record; None where it does not exist or is not whole."""
+        """Return a small record; None where it does not exist or is not whole.
+
+        Raises:
+            SharedStorageError: The file system refused.
+        """
         try:
-            return msgspec.json.decode(self.fs.read(path), type=record_type)
+            with reading(path):
+                data = self.fs.read(path)
+            return msgspec.json.decode(data, type=record_type)
         except (FileNotFoundError, *DECODE_ERRORS):
             return None
 
@@ -463,13 +471,16 @@ class RunDir:
         try:
             publish(self.fs, path, [owner.encode()], label="claim", exclusive=True)
         except FileExistsError:
-            return self.fs.read(path).decode()
+            with storage_errors("read", path):
+                return self.fs.read(path).decode()
         return owner
 
     def round_owner(self, round_: int, *, first: int = 0) -> str | None:
         """Return who claimed the tasks of a request, None where nobody has."""
+        path = self._claim_path(round_, first)
         try:
-            return self.fs.read(self._claim_path(round_, first)).decode()
+            with reading(path):
+                return self.fs.read(path).decode()
         except FileNotFoundError:
             return None
 
@@ -498,12 +509,18 @@ class RunDir:
         Raises:
             SharedStorageError: The file system refused.
         """
-        number, newest = self._newest_mark()
-        if newest != kind:
-            path = self._mark_path(number + 1, kind)
-            # Somebody else has said the same just now.
-            with contextlib.suppress(FileExistsError):
-                publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
+        while True:
+            number, newest = self._newest_mark()
+            if newest != kind:
+                path = self._mark_path(number + 1, kind)
+                with contextlib.suppress(FileExistsError):
+                    publish(self.fs, path, [kind.encode()], label="mark", exclusive=True)
+                    return
+            # Another process has said the same, and may have died before it was durable.
+            with storage_errors("sync", self.join("control")):
+                self.fs.sync_directory(self.join("control"))
+            if self._newest_mark()[1] == kind:
+                return
 
     def _newest_mark(self) -> tuple[int, str]:
         marks = self.marks()
@@ -511,10 +528,14 @@ class RunDir:
         # A listing may be out of date; names that are looked up are less so.  Of a stop and a
         # resume at one moment, stop counts.
         while found := [
-            kind for kind in ("stop", "resume") if self.fs.exists(self._mark_path(number + 1, kind))
+            kind for kind in ("stop", "resume") if self._exists(self._mark_path(number + 1, kind))
         ]:
             number, newest = number + 1, found[0]
         return number, newest
+
+    def _exists(self, path: str) -> bool:
+        with storage_errors("look for", path):
+            return self.fs.exists(path)
 
     def _mark_path(self, number: int, kind: str) -> str:
         return self.join("control", f"{number:04d}-{kind}")

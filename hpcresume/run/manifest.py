@@ -18,7 +18,7 @@ import msgspec
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError, SourcesError
-from hpcresume.fs import FileSystem, Receipt, publish
+from hpcresume.fs import FileSystem, Receipt, publish, storage_errors
 from hpcresume.run.directory import RunDir
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
@@ -253,7 +253,8 @@ class Manifest:
         """
         parts = []
         for number in run.part_numbers():
-            container = open_container(run.fs, run.part_path(number), KIND, PartFooter)
+            with storage_errors("read", run.part_path(number)):
+                container = open_container(run.fs, run.part_path(number), KIND, PartFooter)
             if container.footer.run_id != run.run_id:
                 raise CorruptDataError(
                     f"{container.path} belongs to run {container.footer.run_id}. "

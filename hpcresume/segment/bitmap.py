@@ -43,19 +43,22 @@ def span(start: int, stop: int) -> BitMap:
     return bitmap
 
 
+def refine(groups: Iterable[BitMap], group: BitMap) -> list[BitMap]:
+    """Return disjoint groups cut along the borders of one more.
+
+    Of suspects this keeps what each death has told: a source that two deaths name stays in
+    the smaller group, so that each death leaves smaller ones.
+    """
+    refined: list[BitMap] = []
+    for known in groups:
+        refined += [part for part in (known & group, known - group) if part]
+        group = group - known
+    return [*refined, group] if group else refined
+
+
 def union(bitmaps: Iterable[BitMap]) -> BitMap:
     """Return the union of any number of bitmaps."""
     result = BitMap()
     for bitmap in bitmaps:
         result |= bitmap
-    return result
-
-
-def disjoint(bitmaps: Iterable[BitMap]) -> list[BitMap]:
-    """Return bitmaps of the same union that share nothing; the smallest keep what they hold."""
-    seen, result = BitMap(), []
-    for bitmap in sorted(bitmaps, key=len):
-        fresh = bitmap - seen
-        seen |= fresh
-        result += [fresh] if fresh else []
     return result

@@ -15,6 +15,7 @@ decodes, or raises :class:`CorruptDataError`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ import google_crc32c
 import msgspec
 
 from hpcresume.errors import CorruptDataError, RunDirError
-from hpcresume.fs import READ_BYTES, FileSystem, read_exact
+from hpcresume.fs import READ_BYTES, FileSystem, read_exact, reading
 
 MAGIC = b"HPCRESUM"
 FORMAT_VERSION = 1
@@ -36,7 +37,7 @@ _TAIL_BYTES = 1 << 16
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises on bytes that are not what they should be."""
 
-FooterT = TypeVar("FooterT", bound=msgspec.Struct)
+FooterT = TypeVar("FooterT", bound=msgspec.Struct | None)
 
 
 class BlockEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -70,9 +71,12 @@ class Container(Generic[FooterT]):
 
         Raises:
             CorruptDataError: Its CRC-32C differs from the footer's.
+            FileNotFoundError: The file is gone.
+            SharedStorageError: The file system refused.
         """
         entry = self.blocks[number]
-        data = read_exact(self.fs, self.path, entry.offset, entry.length)
+        with reading(self.path):
+            data = read_exact(self.fs, self.path, entry.offset, entry.length)
         if google_crc32c.value(data) != entry.crc:
             raise _corrupt(self.path, f"block {number} fails its CRC")
         return data
@@ -86,7 +90,8 @@ class Container(Generic[FooterT]):
         end = max((b.offset + b.length for b in self.blocks), default=_HEADER.size)
         digest, offset = hashlib.sha256(), 0
         while offset < end:
-            piece = read_exact(self.fs, self.path, offset, min(READ_BYTES, end - offset))
+            with reading(self.path):
+                piece = read_exact(self.fs, self.path, offset, min(READ_BYTES, end - offset))
             digest.update(piece)
             offset += len(piece)
         if digest.digest() != self.body_digest:
@@ -122,9 +127,20 @@ def open_container(
 
     Raises:
         CorruptDataError: Not a whole container of this kind.
-        RunDirError: Written by a newer hpcresume.
-        OSError: The file cannot be read.
+        RunDirError: A newer hpcresume wrote it.
+        FileNotFoundError: There is no such file.
+        SharedStorageError: The file system refused.
     """
+    with reading(path):
+        header, data, size = _read_ends(fs, path)
+    version = _check_header(path, header, kind)
+    if version > FORMAT_VERSION:
+        _refuse_newer(fs, path, version, data)
+    return _decode(fs, path, kind, footer_type, data=data, size=size)
+
+
+def _read_ends(fs: FileSystem, path: str) -> tuple[bytes, bytes, int]:
+    """Return a file's header, its footer, which passed its digest, and its size."""
     size = fs.size(path)
     if size < _HEADER.size + _TRAILER.size:
         raise _corrupt(path, f"{size} bytes are too few")
@@ -137,7 +153,6 @@ def open_container(
     if begin < _HEADER.size:
         raise _corrupt(path, "its footer is longer than the file")
     header = tail[: _HEADER.size] if start == 0 else read_exact(fs, path, 0, _HEADER.size)
-    _check_header(path, header, kind)
     data = (
         tail[begin - start : -_TRAILER.size]
         if begin >= start
@@ -145,22 +160,30 @@ def open_container(
     )
     if hashlib.sha256(data).digest() != digest:
         raise _corrupt(path, "its footer fails its digest")
-    return _decode(fs, path, kind, footer_type, data=data, body_end=begin, size=size)
+    return header, data, size
 
 
-def _check_header(path: str, header: bytes, kind: bytes) -> None:
+def _check_header(path: str, header: bytes, kind: bytes) -> int:
     magic, found, version = _HEADER.unpack(header)
     if magic != MAGIC or found != kind:
         raise _corrupt(path, f"it is not of kind {kind.decode()}")
     if version < 1:
         raise _corrupt(path, f"its format {version} never existed")
-    if version > FORMAT_VERSION:
-        raise RunDirError(
-            f"{path} has format {version}; this hpcresume reads up to {FORMAT_VERSION}. "
-            "A newer version wrote it. Install that version to go on with this run.",
-            path=path,
-            version=version,
-        )
+    return int(version)
+
+
+def _refuse_newer(fs: FileSystem, path: str, version: int, data: bytes) -> None:
+    with contextlib.suppress(*DECODE_ERRORS):
+        envelope = msgspec.msgpack.decode(data, type=_Envelope)
+        # The body's digest covers the header: one flipped bit is damage, not the future.
+        body = Container(fs, path, b"", None, tuple(envelope.blocks), envelope.body_digest, 0)
+        body.verify()
+    raise RunDirError(
+        f"{path} has format {version}; this hpcresume reads up to {FORMAT_VERSION}. "
+        "A newer version wrote it. Install that version to go on with this run.",
+        path=path,
+        version=version,
+    )
 
 
 def _decode(
@@ -170,7 +193,6 @@ def _decode(
     footer_type: type[FooterT],
     *,
     data: bytes,
-    body_end: int,
     size: int,
 ) -> Container[FooterT]:
     try:
@@ -183,7 +205,7 @@ def _decode(
         if entry.offset != expected or entry.length < 0:
             raise _corrupt(path, "its blocks do not lie one after another")
         expected += entry.length
-    if expected != body_end:
+    if expected != size - _TRAILER.size - len(data):
         raise _corrupt(path, "its blocks do not fill its body")
     return Container(fs, path, kind, footer, tuple(envelope.blocks), envelope.body_digest, size)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 from pyroaring import BitMap
 
-from hpcresume.errors import CorruptDataError
+from hpcresume.errors import CorruptDataError, RunDirError
 from hpcresume.fs import FileSystem
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
@@ -189,6 +189,28 @@ class Segment:
                 path=self.container.path,
             ) from error
 
+    def verify(self) -> None:
+        """Read the whole body and prove that it holds what the footer says.
+
+        Raises:
+            CorruptDataError: It does not.
+            SharedStorageError: The file system refused.
+        """
+        self.container.verify()
+        found = BitMap()
+        for number in self.frame_numbers():
+            frame = self.frame(number)
+            frame.paths()
+            frame.files()
+            found |= frame.completed
+        if found != self.completed:
+            raise CorruptDataError(
+                f"{self.container.path}: its chunks do not hold the sources that its footer "
+                "lists. It is set aside and its sources are computed again.",
+                path=self.container.path,
+            )
+        self.failures()
+
 
 def chunk_entry(sources: BitMap) -> tuple[int, int, int]:
     """Return what the footer says of a frame: first and last source, and how many."""
@@ -220,9 +242,14 @@ def open_segment(fs: FileSystem, path: str, *, run_id: str) -> Segment:
 
     Raises:
         CorruptDataError: Not a whole segment, or one of another run.
-        OSError: The file cannot be read.
+        FileNotFoundError: There is no such file.
+        SharedStorageError: The file system refused.
     """
-    container = open_container(fs, path, KIND, SegmentFooter)
+    try:
+        container = open_container(fs, path, KIND, SegmentFooter)
+    except RunDirError as error:
+        # One segment of the future is set aside; a run of the future says so itself.
+        raise CorruptDataError(str(error), path=path) from error
     footer = container.footer
     if footer.run_id != run_id:
         raise CorruptDataError(

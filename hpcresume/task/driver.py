@@ -173,10 +173,8 @@ class Driver:
         self, pipeline: Pipeline, groups: list[Group], pool: Pool, run: RunDir, sources: BitMap
     ) -> Executor:
         spec = self._spec
-        # Every segment of a driver that died names them again.
-        suspects = bitmaps.disjoint(
-            bitmaps.load(group, what="suspects") & sources for group in self._work.suspects
-        )
+        loaded = (bitmaps.load(group, what="suspects") for group in self._work.suspects)
+        suspects = [group & sources for group in loaded if group & sources]
         ran = {s: seconds for s, seconds in self._work.ran.items() if s in sources}
         ordinary = sources - bitmaps.union(suspects) - BitMap(ran)
         return Executor(

@@ -15,6 +15,7 @@ import sys
 import msgspec
 
 from hpcresume.errors import CorruptDataError, HpcResumeError
+from hpcresume.fs import POSIX, FileSystem
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.ledger.publishing import publish_pending
 from hpcresume.ledger.store import Ledger
@@ -40,9 +41,9 @@ from hpcresume.task.recovery import publish_dead
 class Publisher:
     """Carries out the supervisor's orders, one at a time."""
 
-    def __init__(self, spec: AttemptSpec) -> None:
+    def __init__(self, spec: AttemptSpec, fs: FileSystem = POSIX) -> None:
         self._spec = spec
-        self._run = RunDir.open(spec.run)
+        self._run = RunDir.open(spec.run, fs)
         self._ref = AttemptRef(RoundIndex(spec.round), TaskIndex(spec.task), Epoch(spec.epoch))
         self._ledger: Ledger | None = None
         self._verified = False

@@ -46,21 +46,31 @@ def publish_dead(run: RunDir, directory: str) -> int:
         set_aside(path)
         return 0
     with contextlib.closing(ledger):
-        identity = ledger.identity()
-        if identity.run_id != run.run_id:
-            return 0
-        writer = identity.writer
-        ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
-        known = run.segments(ref)
-        receipt = publish_pending(
-            ledger,
-            run,
-            seq=known[-1].seq + 1 if known else 1,
-            max_bytes=1 << 40,
-            outputs_root=os.path.join(directory, "outputs"),
-            death=Death(),
-        )
-        return receipt.sources
+        try:
+            return _publish_ledger(run, ledger, os.path.join(directory, "outputs"))
+        except CorruptDataError as error:
+            # A value was damaged, which only reading it tells.
+            log.warning("%s", error)
+    set_aside(path)
+    return 0
+
+
+def _publish_ledger(run: RunDir, ledger: Ledger, outputs: str) -> int:
+    identity = ledger.identity()
+    if identity.run_id != run.run_id:
+        return 0
+    writer = identity.writer
+    ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
+    known = run.segments(ref)
+    receipt = publish_pending(
+        ledger,
+        run,
+        seq=known[-1].seq + 1 if known else 1,
+        max_bytes=1 << 40,
+        outputs_root=outputs,
+        death=Death(),
+    )
+    return receipt.sources
 
 
 def recover_node(run: RunDir, local: str) -> int:

@@ -37,7 +37,6 @@ from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.publishing import Death
 from hpcresume.memory import MemoryGroup
-from hpcresume.merge.generation import read_task_union
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
 from hpcresume.segment import bitmap as bitmaps
@@ -84,6 +83,7 @@ from hpcresume.task.scratch import (
     make_scratch,
     sweep,
 )
+from hpcresume.task.shard import left_of_shard
 from hpcresume.task.time_limit import TimeLimit
 
 _TICK_S = 0.5
@@ -207,31 +207,15 @@ class Supervisor:
 
     def _work(self) -> Work | None:
         """Return what is left of the shard, None when that is nothing."""
-        shard = self._plan.shard(self._task)
         limit = self._settings.run.max_attempts
-        union = read_task_union(self._run, self._round, self._task, max_attempts=limit)
-        elsewhere = [
-            read_task_union(self._run, ref.round, ref.task, max_attempts=limit).completed
-            for ref in self._recovered
-        ]
-        attempts = dict(shard.attempts)
-        for source, failures in union.attempts().items():
-            attempts[source] = attempts.get(source, 0) + failures
-        exhausted = {source for source, count in attempts.items() if count >= limit}
-        left = shard.bitmap() - union.settled() - bitmaps.union(elsewhere)
-        left -= type(left)(exhausted & set(union.attempts()))
-        # More of the same does not help these: the next round gives them more.
-        given = self._allocation.memory_mib
-        left -= bitmaps.union(group for mib, group in union.short.items() if mib >= given)
-        if not left:
-            return None
-        suspects = shard.suspects + [bitmaps.dump(group) for group in union.open_suspects()]
-        ran = {
-            source: max(shard.ran.get(source, 0.0), union.ran.get(source, 0.0))
-            for source in (shard.ran.keys() | union.ran.keys())
-            if source in left
-        }
-        return Work(bitmaps.dump(left), attempts, suspects, ran)
+        return left_of_shard(
+            self._run,
+            self._plan,
+            self._task,
+            max_attempts=limit,
+            memory_mib=self._allocation.memory_mib,
+            recovered=self._recovered,
+        )
 
     def _prepare(self, ref: AttemptRef) -> Scratch:
         info = AttemptInfo(

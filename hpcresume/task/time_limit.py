@@ -58,9 +58,10 @@ class TimeLimit:
     def wait(self, timeout_s: float) -> None:
         """Wait for the answer to an open question, but not for long."""
         self.turn()
-        if self._asking:
+        deadline = time.monotonic() + timeout_s
+        while self._asking:  # the late answer to an older question may come first
             try:
-                self._take(*self._answers.get(timeout=timeout_s))
+                self._take(*self._answers.get(timeout=max(0.0, deadline - time.monotonic())))
             except queue.Empty:
                 return
 

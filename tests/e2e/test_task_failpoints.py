@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcresume.run.directory import RunDir
 from tests.support.cli import Command
 from tests.support.pipelines import fan_result, write_fan
 
@@ -41,3 +42,27 @@ def test_death_while_starting(tmp_path: Path, failpoint: str, engine: str) -> No
     assert [] == Command(tmp_path).json("failures", str(run))["failures"]
     assert fan_result(40) == (tmp_path / "out.jsonl").read_bytes()
     assert [] == list(tmp_path.glob("hpcresume-*/*/*"))
+
+
+@pytest.mark.timeout(200)
+def test_a_refused_publication_after_the_drivers_death(tmp_path: Path) -> None:
+    """
+    The driver dies, and the file system refuses the publication after it once: it is tried
+    again, and what was committed is published before the node-local directory is removed.
+    """
+    write_fan(tmp_path)
+    faults = "ledger.after_commit=kill:4,segment.after_write=raise"
+    fault = {"HPCRESUME_TESTING": "1", "HPCRESUME_FAILPOINTS": faults}
+    arguments = (
+        *("submit", "fan.py", "--cluster", "local", "--run-dir", "run", "--engine", "inline"),
+        *("--local-dir", str(tmp_path), "-P", "n=12", "-P", "ms=60"),
+    )
+
+    Command(tmp_path, {**os.environ, **fault}).run(*arguments, rc=None)
+
+    run = RunDir.open(str(tmp_path / "run"))
+    (first,) = [ref for ref in run.attempts(0, 0) if ref.epoch == 1]
+    outcome = run.outcome(first)
+    assert outcome is not None
+    assert "driver-died" == outcome.kind
+    assert outcome.completed > 0

@@ -63,10 +63,19 @@ class SimServer:
     def __init__(self, *, hard_links: bool = True, ordered: bool = False) -> None:
         self.root, self.hard_links, self.ordered = _Directory(), hard_links, ordered
         self.boots = 0
+        # Directories are never renamed nor removed, but lost by a restart.
+        self._directories: dict[str, _Directory] = {}
+
+    def clone(self) -> SimServer:
+        """Return a server with the same files, all of them durable."""
+        other = SimServer(hard_links=self.hard_links, ordered=self.ordered)
+        _copy(self.root, other.root)
+        return other
 
     def restart(self) -> None:
         """Lose everything that was not synced; open files become stale."""
         self.boots += 1
+        self._directories.clear()
         self._drop(self.root)
 
     def _drop(self, directory: _Directory) -> None:
@@ -83,13 +92,20 @@ class SimServer:
         Raises:
             FileNotFoundError: Nothing.
         """
-        node: _File | _Directory = self.root
-        for name in filter(None, path.split("/")):
-            if not isinstance(node, _Directory):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-            if name not in node.names:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-            node = node.names[name]
+        known = self._directories.get(path)
+        if known is not None:
+            return known
+        above, _, name = path.rpartition("/")
+        if not name:
+            return self.root if not above else self.find(above)
+        directory = self._directories.get(above) or self.find(above)
+        if not isinstance(directory, _Directory):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        node = directory.names.get(name)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if isinstance(node, _Directory):
+            self._directories[path] = node
         return node
 
     def file(self, path: str) -> _File:
@@ -130,6 +146,16 @@ class SimServer:
                     yield f"{prefix}/{name}", bytes(node.volatile)
 
         return dict(walk(self.root, ""))
+
+
+def _copy(source: _Directory, target: _Directory) -> None:
+    for name, node in source.names.items():
+        if isinstance(node, _File):
+            target.names[name] = _File(bytearray(node.volatile), bytes(node.volatile))
+        else:
+            target.names[name] = _Directory()
+            _copy(node, target.names[name])
+    target.durable = dict(target.names)
 
 
 class _Handle:

@@ -267,11 +267,11 @@ def test_a_naming_that_failed_is_an_error(sim: SimFileSystem, exclusive: bool) -
 
 
 def test_a_taken_name_that_cannot_be_read_is_not_ours(sim: SimFileSystem) -> None:
-    """Exclusive create on a taken name whose content cannot be compared does not succeed."""
+    """Whether a taken name holds our content cannot be told where it cannot be read."""
     publish(sim, "/d/f", [b"other"], label="t")
     sim.fail("read", errno.ESTALE, contains="/d/f")
 
-    with pytest.raises(FileExistsError):
+    with pytest.raises(SharedStorageError):
         publish(sim, "/d/f", PARTS, label="t", exclusive=True)
 
     assert b"other" == sim.read("/d/f")

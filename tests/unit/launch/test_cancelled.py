@@ -270,11 +270,12 @@ def test_submitting_takes_back_a_cancellation(made: MadeRun) -> None:
     user has overtaken are not kept out by a merge that still finds them cancelled.
     """
     manifest, settings = Manifest.open(made.run), resolved().settings
+    plan = open_plan(made.run, 0)
 
-    first = withhold(made.run, manifest, settings, [1])
+    first = withhold(made.run, manifest, settings, plan, [1])
     reopen(made.run, quarantined=False)
     pardon(made.run, 0, [0, 1])
-    second = withhold(made.run, manifest, settings, [1, 2])
+    second = withhold(made.run, manifest, settings, plan, [1, 2])
 
     assert {3, 4, 5} == set(first.union.withheld)
     assert {0, 1, 2, 6, 7, 8} == set(first.remainder)
@@ -285,8 +286,9 @@ def test_submitting_takes_back_a_cancellation(made: MadeRun) -> None:
 def test_all_shards_cancelled(made: MadeRun) -> None:
     """A run whose every shard was cancelled stops, and says why."""
     manifest, settings = Manifest.open(made.run), resolved().settings
+    plan = open_plan(made.run, 0)
 
-    standing = withhold(made.run, manifest, settings, [0, 1, 2])
+    standing = withhold(made.run, manifest, settings, plan, [0, 1, 2])
 
     assert "9 sources belong to array tasks that were cancelled" == standing.stopped
     assert not standing.remainder

@@ -14,7 +14,6 @@ from hpcresume.launch.drive import merge_step
 from hpcresume.launch.ladder import Ladder
 from hpcresume.launch.rounds import (
     learnt,
-    newest_plan,
     note_starved,
     plan_round,
     stand,
@@ -22,7 +21,7 @@ from hpcresume.launch.rounds import (
 )
 from hpcresume.launch.slurm_round import slurm_ladder, starved_tasks, submit_round
 from hpcresume.merge.generation import write_generation
-from hpcresume.merge.plan import ArrayPlan, Launch, Plan, open_plan
+from hpcresume.merge.plan import ArrayPlan, Launch, Plan, newest_plan, open_plan
 from hpcresume.run.directory import AttemptInfo
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
@@ -251,11 +250,11 @@ def test_what_is_left_of_a_killed_task_gets_more(made) -> None:
     start(made, 2)
     manifest, resolved = Manifest.open(made.run), given()
 
-    standing = note_starved(made.run, manifest, resolved.settings, [2])
+    standing = note_starved(made.run, manifest, resolved.settings, plan, [2])
 
     assert {1000: plan.shard(2).bitmap()} == standing.union.short
     assert {} == standing.union.failures
-    again = note_starved(made.run, manifest, resolved.settings, [2])
+    again = note_starved(made.run, manifest, resolved.settings, plan, [2])
     assert standing.union.number == again.union.number == 2
 
 

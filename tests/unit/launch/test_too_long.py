@@ -8,8 +8,8 @@ import pytest
 
 from hpcresume.config import load_settings
 from hpcresume.config.settings import Settings
-from hpcresume.launch.rounds import Standing, newest_plan, plan_round, reopen, settle
-from hpcresume.merge.plan import Launch, open_plan
+from hpcresume.launch.rounds import Standing, plan_round, reopen, settle
+from hpcresume.merge.plan import Launch, newest_plan, open_plan
 from hpcresume.run.directory import AttemptRef, Outcome, RunDir
 from hpcresume.run.manifest import Listing, Manifest, write_part
 from tests.support.places import Place, publish_segment

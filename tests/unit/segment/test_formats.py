@@ -15,6 +15,7 @@ from hpcresume.errors import CorruptDataError, InternalError, RunDirError
 from hpcresume.fs import PosixFileSystem
 from hpcresume.ids import ROOT, ItemPath
 from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment import container
 from hpcresume.segment.container import (
     FORMAT_VERSION,
     MAGIC,
@@ -87,12 +88,6 @@ def test_spans_and_unions() -> None:
     assert [] == list(bitmaps.span(5, 5)) == list(bitmaps.span(5, 3))
     assert [1, 3, 4] == list(bitmaps.union([BitMap([1]), bitmaps.span(3, 5)]))
     assert [] == list(bitmaps.union([]))
-
-
-def test_groups_that_share_nothing() -> None:
-    """Of overlapping groups the smallest keep what they hold; nothing comes twice."""
-    groups = [bitmaps.span(0, 4), BitMap([1]), BitMap([1]), BitMap([4, 1])]
-    assert [[1], [4], [0, 2, 3]] == [list(group) for group in bitmaps.disjoint(groups)]
 
 
 # -- frames -----------------------------------------------------------------------------------
@@ -244,14 +239,32 @@ def test_a_container_of_another_kind_is_refused(place: Place) -> None:
         open_container(place.fs, path, b"SEGM", Note)
 
 
-def test_a_file_from_the_future_is_refused_by_name(place: Place) -> None:
-    """A newer format says which version is needed; it is not called corrupt."""
+def test_a_flipped_format_version_is_damage(place: Place) -> None:
+    """One flipped bit of the version is damage: the body's digest covers it."""
     path = write_container(place, [b"block"])
     data = bytearray(place.fs.read(path))
     struct.pack_into("<I", data, 12, FORMAT_VERSION + 1)
     write_file(place.fs, path, bytes(data))
+    with pytest.raises(CorruptDataError, match="digest"):
+        open_container(place.fs, path, b"TEST", Note)
+
+
+def test_a_file_from_the_future_is_refused_by_name(place: Place, monkeypatch) -> None:
+    """A whole file of a newer format says which version is needed; it is not called corrupt."""
+    monkeypatch.setattr(container, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    path = write_container(place, [b"block"])
+    monkeypatch.undo()
     with pytest.raises(RunDirError, match=f"format {FORMAT_VERSION + 1}"):
         open_container(place.fs, path, b"TEST", Note)
+
+
+def test_a_segment_from_the_future_is_set_aside(place: Place, monkeypatch) -> None:
+    """One segment of a newer format does not stop the run: it is damage to whoever merges."""
+    monkeypatch.setattr(container, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    write_file(place.fs, place.path("s"), segment_bytes())
+    monkeypatch.undo()
+    with pytest.raises(CorruptDataError, match=f"format {FORMAT_VERSION + 1}"):
+        open_segment(place.fs, place.path("s"), run_id=RUN_ID)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\0" * 63, b"\0" * 64, b"\0" * 100_000, MAGIC * 20])
@@ -348,15 +361,15 @@ def test_a_segment_of_another_run_is_refused(place: Place) -> None:
 
 def test_every_flipped_bit_of_a_segment_is_found(sim: Place) -> None:
     """
-    Whichever bit of a small segment flips: CorruptDataError, or RunDirError for the format
-    version; never another exception, and never accepted with another meaning.
+    Whichever bit of a small segment flips: CorruptDataError, never another exception, and
+    never accepted with another meaning.
     """
     data = segment_bytes([(1, 2), (3,)], FAILURES)
     write_file(sim.fs, PATH, data)
     for position in range(len(data)):
         for bit in (0, 3, 7):
             sim.fs.server.rot(PATH, position, 1 << bit)
-            with pytest.raises((CorruptDataError, RunDirError)):
+            with pytest.raises(CorruptDataError):
                 content(open_segment(sim.fs, PATH, run_id=RUN_ID))
             sim.fs.server.rot(PATH, position, 1 << bit)
     assert [1, 2, 3] == content(open_segment(sim.fs, PATH, run_id=RUN_ID))[0]
@@ -398,7 +411,7 @@ def test_zeroed_pages_are_found(sim: Place) -> None:
     for start in range(0, len(data), 16):
         zeroed = data[:start] + bytes(len(data[start : start + 64])) + data[start + 64 :]
         write_file(sim.fs, PATH, zeroed)
-        with pytest.raises((CorruptDataError, RunDirError)):
+        with pytest.raises(CorruptDataError):
             content(open_segment(sim.fs, PATH, run_id=RUN_ID))
 
 
