@@ -2,6 +2,10 @@
 
 A failed step does not end the run: all are run, the last lines say how each one went, and
 the exit status is 0 only if all of them passed.
+
+With ``--release`` the steps that depend on Slurm or Python run inside another release of
+Debian, which is built first.  The tier ``all`` does that for two of them, in one as an
+ordinary user.
 """
 
 from __future__ import annotations
@@ -12,15 +16,33 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcresume.errors import TestbedError
+from hpcresume.testbed import packages, releases
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
-PYTEST_STEPS = ("unit", "property", "simulation", "site", "integration", "e2e")
+PYTEST_STEPS = {
+    "unit": ["tests/unit"],
+    "property": ["tests/property"],
+    "simulation": ["tests/simulation"],
+    "site": ["tests/site"],
+    "integration": ["tests/integration"],
+    "e2e": ["tests/e2e"],
+    "slurm": ["tests/e2e", "-m", "slurm"],
+}
+DEFAULT_STEPS = ("ruff", "format", "mypy", *(name for name in PYTEST_STEPS if name != "slurm"))
+# What may differ with the versions of Slurm and Python.
+RELEASE_STEPS = ("unit", "property", "slurm")
+# The other releases of the tier "all", and the options with which they are run.
+RELEASES = {"trixie": ["--user", "nobody"], "sid": []}
 # pytest's last line: what passed, failed and was skipped.
 PYTEST_ENDS = re.compile(r"^=+ (?P<counts>.*\bin \d[\d.]*s.*?) =+$")
+# The last line of this very command, run inside another release.
+ENDS = re.compile(r"^(?P<counts>\d+ steps in .*)$")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NONE_COLLECTED = 5
 
@@ -57,12 +79,13 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen steps and return the exit status."""
     options = _parser().parse_args(argv)
-    steps = _steps(install=options.install or "install" in (options.only or []))
-    if options.only:
-        steps = [step for step in steps if step.name in options.only]
-    _set_environment(tier=options.tier, require_slurm=options.install or bool(os.environ.get("CI")))
     os.chdir(ROOT)
-    results = [_timed(step) for step in steps]
+    _set_environment(options)
+    if options.release:
+        return _inside(options)
+    chosen = options.only or _default(options)
+    steps = {**_checks(), **{name: _release(name) for name in RELEASES}}
+    results = [_timed(Step(name, steps[name])) for name in steps if name in chosen]
     print("\n=== summary")
     for result in results:
         print(result)
@@ -84,34 +107,74 @@ def _parser() -> argparse.ArgumentParser:
         "--tier",
         choices=["ci", "all"],
         default=os.environ.get("HPCRESUME_TEST_TIER", "ci"),
-        help="all: the tests marked slow, too [default: ci]",
+        help="all: the tests marked slow, and other releases, too [default: ci]",
     )
     parser.add_argument(
         "--only",
         action="append",
         metavar="STEP",
-        choices=[step.name for step in _steps(install=True)],
+        choices=[*_checks(), *RELEASES],
         help="run only this step; may be given several times: %(choices)s",
+    )
+    parser.add_argument(
+        "--release",
+        choices=releases.NAMES,
+        help=f"run inside this release of Debian; by default {', '.join(RELEASE_STEPS)}",
+    )
+    parser.add_argument(
+        "--user",
+        help="run hpcresume and its jobs as this user in the tests on Slurm; root starts them",
     )
     return parser
 
 
-def _steps(*, install: bool) -> list[Step]:
-    first = [Step("install", _install)] if install else []
-    checks = [
-        Step("ruff", lambda: _tool("ruff", "check", *PACKAGE)),
-        Step("format", lambda: _tool("ruff", "format", "--check", *PACKAGE)),
-        Step("mypy", lambda: _tool("mypy")),
-    ]
-    return first + checks + [Step(name, _pytest(name)) for name in PYTEST_STEPS]
+def _default(options: argparse.Namespace) -> list[str]:
+    first = ["install"] if options.install else []
+    others = list(RELEASES) if options.tier == "all" else []
+    return [*first, *DEFAULT_STEPS, *others]
 
 
-def _set_environment(*, tier: str, require_slurm: bool) -> None:
-    os.environ["HPCRESUME_TEST_TIER"] = tier
+def _checks() -> dict[str, Callable[[], Ending]]:
+    return {
+        "install": _install,
+        "ruff": lambda: _tool("ruff", "check", *PACKAGE),
+        "format": lambda: _tool("ruff", "format", "--check", *PACKAGE),
+        "mypy": lambda: _tool("mypy"),
+        **{name: _pytest(arguments) for name, arguments in PYTEST_STEPS.items()},
+    }
+
+
+def _set_environment(options: argparse.Namespace) -> None:
+    os.environ["HPCRESUME_TEST_TIER"] = options.tier
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    if require_slurm:
+    if options.user:
+        os.environ["HPCRESUME_TEST_USER"] = options.user
+    if options.install or options.release or os.environ.get("CI"):
         # A test that needs Slurm then fails where it would have skipped.
         os.environ["HPCRESUME_TEST_REQUIRE_SLURM"] = "1"
+
+
+def _inside(options: argparse.Namespace) -> int:
+    """Run the steps inside a release, in the checkout as it is seen there."""
+    try:
+        if options.install:
+            packages.install_release_tools()
+        release = releases.prepare(options.release, tell=lambda line: print(line, flush=True))
+    except TestbedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    steps = [f"--only={name}" for name in options.only or RELEASE_STEPS]
+    argv = ["python", "-m", "tests", *steps]
+    command = releases.command(release, argv, directory=releases.SOURCE)
+    return subprocess.run(command, env=releases.environment(), check=False).returncode
+
+
+def _release(name: str) -> Callable[[], Ending]:
+    def run() -> Ending:
+        arguments = ["-m", "tests", "--release", name, "--install", *RELEASES[name]]
+        return _shown([sys.executable, *arguments], ENDS)
+
+    return run
 
 
 def _timed(step: Step) -> Result:
@@ -124,9 +187,6 @@ def _timed(step: Step) -> Result:
 
 
 def _install() -> Ending:
-    from hpcresume.errors import TestbedError
-    from hpcresume.testbed import packages
-
     try:
         packages.install(accounting=True)
     except TestbedError as error:
@@ -140,29 +200,28 @@ def _tool(module: str, *arguments: str) -> Ending:
     return Ending(done.returncode)
 
 
-def _pytest(name: str) -> Callable[[], Ending]:
+def _pytest(arguments: list[str]) -> Callable[[], Ending]:
     def run() -> Ending:
-        command = [sys.executable, "-m", "pytest", os.path.join("tests", name)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            assert process.stdout is not None
-            closing = _show(process.stdout)
-        if process.returncode == NONE_COLLECTED:
-            closing = "no tests were collected"
-        return Ending(process.returncode, closing)
+        ending = _shown([sys.executable, "-m", "pytest", *arguments], PYTEST_ENDS)
+        if ending.status == NONE_COLLECTED:
+            return Ending(ending.status, "no tests were collected")
+        return ending
 
     return run
 
 
-def _show(lines: Iterable[str]) -> str:
-    """Pass the output through as it comes and return pytest's closing line."""
+def _shown(command: list[str], ends: re.Pattern[str]) -> Ending:
+    """Run a command, pass its output through as it comes, and return its closing line."""
     closing = ""
-    for line in lines:
-        print(line, end="", flush=True)
-        found = PYTEST_ENDS.match(COLOUR.sub("", line.rstrip()))
-        closing = found["counts"] if found else closing
-    return closing
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            found = ends.match(COLOUR.sub("", line.rstrip()))
+            closing = found["counts"] if found else closing
+    return Ending(process.returncode, closing)
 
 
 if __name__ == "__main__":

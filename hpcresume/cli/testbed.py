@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -10,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from hpcresume.cli.common import emit_json, finish, json_option, say
+from hpcresume.errors import TestbedError, UsageError
+from hpcresume.testbed.releases import NAMES
 
 if TYPE_CHECKING:
-    from hpcresume.testbed import Testbed
+    from hpcresume.testbed import Release, Testbed
 
 EXIT_NOT_UP = 1
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
@@ -41,6 +45,22 @@ def _directory_option(command: _CommandT) -> _CommandT:
     return option(command)
 
 
+def _go_inside(release: Release | None) -> None:
+    """Run this very command inside a release, unless it runs there or there is none."""
+    from hpcresume.testbed import releases
+
+    if release is not None and release != releases.here():
+        command = releases.command(release, ["hpcresume", *sys.argv[1:]])
+        os.execvpe(command[0], command, releases.environment())  # noqa: S606 - argv, no shell
+
+
+def _go_to(directory: Path) -> None:
+    """Run this very command inside the release that the testbed in a directory is made of."""
+    from hpcresume.testbed import release_of
+
+    _go_inside(release_of(directory))
+
+
 @click.group()
 def testbed() -> None:
     """Run a real Slurm on this one machine, made of the distribution's own packages.
@@ -48,6 +68,9 @@ def testbed() -> None:
     Several nodes, each with its own disk; partitions with preemption; accounting; memory
     limits where cgroup v1 is there.  Needs root.  DIRECTORY defaults to
     $XDG_STATE_HOME/hpcresume/testbed (~/.local/state/hpcresume/testbed).
+
+    With --release it is made of another release of Debian in a folder, and what talks to it
+    runs inside: hpcresume testbed enter.
 
     \b
     Example:
@@ -92,6 +115,17 @@ def testbed() -> None:
     type=click.IntRange(1),
     help="Jobs that one user may have in the queue.  [default: no limit]",
 )
+@click.option(
+    "--release",
+    type=click.Choice(NAMES),
+    help="Make it of this Debian in a folder: Slurm 22.05, 24.11, 26.05.  [default: what is here]",
+)
+@click.option(
+    "--root",
+    type=_PATH,
+    help="The release's folder, 2 GB.  [default: ~/.cache/hpcresume/releases/NAME]",
+)
+@click.option("--mirror", help="Mirror of Debian to build the release from.  [default: apt's]")
 @click.option("--install", is_flag=True, help="Install what is missing, with apt, as root.")
 @json_option
 def up(
@@ -104,6 +138,9 @@ def up(
     no_accounting: bool,
     max_array_size: int,
     max_submit: int | None,
+    release: str | None,
+    root: Path | None,
+    mirror: str | None,
     install: bool,
     as_json: bool,
 ) -> None:
@@ -116,7 +153,9 @@ def up(
     """
     from hpcresume import testbed as beds
 
-    if install:
+    if release is not None:
+        _go_inside(_built(release, root=root, mirror=mirror, install=install))
+    elif install:
         beds.install(accounting=not no_accounting)
     settings = beds.Settings(
         nodes=nodes,
@@ -131,9 +170,61 @@ def up(
     if as_json:
         emit_json(_as_json(bed))
         return
-    say(f"export SLURM_CONF={bed.conf}")
+    if bed.release is None:
+        say(f"export SLURM_CONF={bed.conf}")
+    else:
+        say(f"# in {bed.release.root}; to use it: hpcresume testbed enter", err=True)
     say(f"# {len(bed.nodes)} nodes idle, proctrack/{bed.proctrack}", err=True)
     say(f"# node-local disk on every node: {bed.scratch}", err=True)
+
+
+def _built(name: str, *, root: Path | None, mirror: str | None, install: bool) -> Release:
+    from hpcresume import testbed as beds
+    from hpcresume.testbed import releases
+
+    here = releases.here()
+    if here is not None:
+        if here.name == name:
+            return here
+        raise UsageError(
+            f"this is the inside of the release {here.name}, and a release is built outside. "
+            "Leave it first: exit"
+        )
+    if install:
+        beds.install_release_tools()
+    return releases.prepare(name, root=root, mirror=mirror, tell=lambda line: say(line, err=True))
+
+
+@testbed.command("enter", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@_directory_option
+def enter(command: tuple[str, ...], directory: Path) -> None:
+    """Run COMMAND, or a shell, where Slurm's commands and jobs belong to the testbed.
+
+    For one made of another release that is inside its folder: home, /tmp and whatever else is
+    not the operating system are the machine's, Python and hpcresume are the release's.
+
+    \b
+    Example:
+      hpcresume testbed up --release trixie
+      hpcresume testbed enter -- hpcresume submit pipeline.py --array 8
+      hpcresume testbed down
+    """
+    from hpcresume import testbed as beds
+
+    _go_to(directory)
+    bed = beds.status(directory)
+    if bed is None:
+        raise TestbedError(
+            f"no testbed is up in {directory}. To start one: hpcresume testbed up {directory}",
+            path=str(directory),
+        )
+    argv = list(command) or [shutil.which(os.environ.get("SHELL", "sh")) or "sh"]
+    os.environ["SLURM_CONF"] = str(bed.conf)
+    try:
+        os.execvp(argv[0], argv)  # noqa: S606 - argv, no shell
+    except FileNotFoundError as error:
+        raise UsageError(f"{argv[0]}: no such command here. Name one that is") from error
 
 
 @testbed.command("down")
@@ -148,6 +239,7 @@ def down(directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     ended = beds.down(directory)
     if as_json:
         emit_json({"directory": str(directory), "ended": ended})
@@ -167,6 +259,7 @@ def status(directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     bed = beds.status(directory)
     if bed is None:
         if as_json:
@@ -206,6 +299,7 @@ def preempt(job: str, hold_s: int, directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     preemptor = beds.preempt(directory, job, hold_s=hold_s)
     if as_json:
         emit_json({"job": job, "preempted_by": preemptor})
@@ -228,6 +322,7 @@ def fail_node(node: str, directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     beds.fail_node(directory, node)
     if as_json:
         emit_json({"node": node, "alive": False})
@@ -248,6 +343,7 @@ def restore_node(node: str, directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     beds.restore_node(directory, node)
     if as_json:
         emit_json({"node": node, "alive": True})
@@ -271,6 +367,7 @@ def controller(action: str, directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
+    _go_to(directory)
     actions = {
         "pause": beds.pause_controller,
         "continue": beds.continue_controller,
@@ -293,6 +390,7 @@ def _as_json(bed: Testbed) -> dict[str, Any]:
         "scratch": str(bed.scratch),
         "proctrack": bed.proctrack,
         "accounting": bed.accounting,
+        "release": None if bed.release is None else bed.release.name,
         "nodes": [
             {"name": n.name, "state": n.state, "alive": n.alive, "disk": str(n.disk)}
             for n in bed.nodes
@@ -303,7 +401,11 @@ def _as_json(bed: Testbed) -> dict[str, Any]:
 
 def _print_status(bed: Testbed) -> None:
     say(f"cluster  {bed.cluster}, proctrack/{bed.proctrack}")
-    say(f"use      export SLURM_CONF={bed.conf}")
+    if bed.release is None:
+        say(f"use      export SLURM_CONF={bed.conf}")
+    else:
+        say(f"release  {bed.release.name} in {bed.release.root}")
+        say("use      hpcresume testbed enter")
     say(f"scratch  {bed.scratch} on every node")
     for node in bed.nodes:
         say(f"{node.name}  {node.state}{'' if node.alive else ', its slurmd is not running'}")

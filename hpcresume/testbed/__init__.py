@@ -1,7 +1,8 @@
 """A real Slurm on one machine: nodes with their own disks, preemption, accounting, failures.
 
-It is made of the distribution's own daemons, needs root, and touches nothing outside its
-directory but ``/sys/fs/cgroup``.  Any number of testbeds run side by side.
+It is made of the distribution's own daemons, or of those of another release of Debian in a
+folder; it needs root, and touches nothing outside its directory but ``/sys/fs/cgroup``.  Any
+number of testbeds run side by side.
 """
 
 from hpcresume.testbed.lifecycle import (
@@ -13,16 +14,18 @@ from hpcresume.testbed.lifecycle import (
     fail_node,
     pause_controller,
     preempt,
+    release_of,
     restore_controller,
     restore_node,
     status,
     up,
 )
-from hpcresume.testbed.packages import install, require
-from hpcresume.testbed.state import Settings
+from hpcresume.testbed.packages import install, install_release_tools, require
+from hpcresume.testbed.state import Release, Settings
 
 __all__ = [
     "NodeStatus",
+    "Release",
     "Settings",
     "Testbed",
     "continue_controller",
@@ -30,8 +33,10 @@ __all__ = [
     "fail_controller",
     "fail_node",
     "install",
+    "install_release_tools",
     "pause_controller",
     "preempt",
+    "release_of",
     "require",
     "restore_controller",
     "restore_node",

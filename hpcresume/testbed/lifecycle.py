@@ -19,14 +19,17 @@ from filelock import FileLock
 
 from hpcresume import slurm
 from hpcresume.errors import SlurmRefusedError, SlurmUnreachableError, TestbedError
-from hpcresume.testbed import cgroups, configure, daemons, packages, processes
+from hpcresume.testbed import cgroups, configure, daemons, packages, processes, releases
 from hpcresume.testbed.state import (
     MAX_DIRECTORY_BYTES,
+    NODES,
+    SCRATCH,
     Daemon,
     Layout,
     Node,
     Ports,
     Proctrack,
+    Release,
     Settings,
     State,
     boot_id,
@@ -65,6 +68,8 @@ class Testbed:
     """Node-local disk, one path on every node, mode 1777."""
     proctrack: Proctrack
     accounting: bool
+    release: Release | None
+    """What it runs inside of; commands that talk to it must run there, too."""
     nodes: tuple[NodeStatus, ...]
     dead: tuple[str, ...]
     """Daemons that were started, are not running now, and were not killed by ``fail_node``."""
@@ -132,6 +137,16 @@ def status(directory: Path) -> Testbed | None:
     layout = _layout(directory)
     state = load(layout.root)
     return None if state is None or state.boot_id != boot_id() else _status(state, layout)
+
+
+def release_of(directory: Path) -> Release | None:
+    """Return the release that the testbed in ``directory`` is made of, None for the machine's.
+
+    Raises:
+        TestbedError: Its state file cannot be read.
+    """
+    state = load(_layout(directory).root)
+    return None if state is None else state.release
 
 
 def preempt(directory: Path, job: str, *, hold_s: int = 30) -> slurm.JobId:
@@ -335,6 +350,7 @@ def _new_state(layout: Layout, settings: Settings) -> State:
         ports=Ports(slurmctld=ports[0], slurmdbd=ports[1]),
         nodes=[Node(f"{cluster}n{i}", port) for i, port in enumerate(ports[2:], start=1)],
         daemons=[],
+        release=releases.here(),
     )
 
 
@@ -381,7 +397,7 @@ def _take_down(state: State, layout: Layout) -> None:
         nodes = [d for d in state.daemons if d.name.startswith("slurmd-")]
         # Nothing of what ends must be saved, so that SIGKILL is enough for jobs and nodes.
         processes.end(nodes, grace_s=0)
-        processes.kill_members(layout.scratch)
+        processes.kill_members([f"/{NODES}/{node.name}/{SCRATCH}" for node in state.nodes])
         processes.end([d for d in state.daemons if d.name == _CONTROLLER], grace_s=0)
         processes.end([d for d in state.daemons if d.name == "slurmdbd"], grace_s=0)
         processes.end(state.daemons, grace_s=0)
@@ -406,6 +422,7 @@ def _status(state: State, layout: Layout) -> Testbed:
         scratch=layout.scratch,
         proctrack=state.proctrack,
         accounting=state.settings.accounting,
+        release=state.release,
         nodes=tuple(_node_status(node, state, layout, seen) for node in state.nodes),
         dead=tuple(d.name for d in state.daemons if not processes.alive(d)),
     )

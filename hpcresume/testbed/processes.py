@@ -2,7 +2,7 @@
 
 A daemon is known by its process id and start time.  What runs on a node (slurmd, its
 slurmstepd, their jobs, and jobs that outlived a killed slurmd) is known by the node's mount
-namespace: there the testbed's scratch directory is a mount point, and nowhere else.
+namespace: there the node's disk is mounted, and nowhere else.
 """
 
 from __future__ import annotations
@@ -90,40 +90,45 @@ def end(daemons: Iterable[Daemon], *, grace_s: float) -> None:
         raise TestbedError(f"still there after SIGKILL: {left}. Look at dmesg", left=left)
 
 
-def members(scratch: Path) -> list[int]:
-    """Return the processes that see a mount at ``scratch``: those of the testbed's nodes."""
+def members(disks: Sequence[str]) -> list[int]:
+    """Return the processes that see one of a testbed's disks mounted: those of its nodes.
+
+    Args:
+        disks: How their paths end; a node's name in it makes it unique on the machine, and
+            a process in another root directory has another path before it.
+    """
     verdicts: dict[str, bool] = {}
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in verdicts:
-                verdicts[namespace] = _mounts(pid, scratch)
+                verdicts[namespace] = _mounts(pid, disks)
             if verdicts[namespace]:
                 found.append(pid)
     return found
 
 
-def _mounts(pid: int, target: Path) -> bool:
-    escaped = str(target).replace("\\", "\\134").replace(" ", "\\040")
+def _mounts(pid: int, disks: Sequence[str]) -> bool:
     text = Path(f"/proc/{pid}/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return any(line.split(" ", 5)[4] == escaped for line in text.splitlines())
+    # The fourth field is the mounted directory within its file system (proc(5)).
+    return any(line.split(" ", 4)[3].endswith(tuple(disks)) for line in text.splitlines())
 
 
-def kill_members(scratch: Path) -> None:
-    """Kill everything that runs on the testbed's nodes, and wait until it is gone.
+def kill_members(disks: Sequence[str]) -> None:
+    """Kill everything that runs on a testbed's nodes, and wait until it is gone.
 
     Raises:
         TestbedError: Something survives SIGKILL (it hangs in the kernel).
     """
 
     def none_left() -> bool:
-        left = members(scratch)
+        left = members(disks)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return not left
 
     if not wait_until(none_left, 15):
-        left = ", ".join(map(str, members(scratch)))
+        left = ", ".join(map(str, members(disks)))
         raise TestbedError(f"jobs still there after SIGKILL: {left}. Look at dmesg", left=left)

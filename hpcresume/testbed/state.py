@@ -20,6 +20,8 @@ DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own
 # slurmstepd's sockets, <directory>/spool/<node>/<node>_123456.4294967291, must fit the 107
 # bytes of sockaddr_un (unix(7)).
 MAX_DIRECTORY_BYTES = 56
+NODES = "nodes"
+SCRATCH = "scratch"
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -41,6 +43,13 @@ class Settings(msgspec.Struct, frozen=True):
     max_submit: int | None = None
     """How many jobs one user may have in the queue, elements of arrays each counted; needs
     ``accounting``.  Only users in the machine's password database may then submit."""
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A release of Debian in a folder of this machine."""
+
+    name: str
+    root: str
 
 
 class Daemon(msgspec.Struct, frozen=True):
@@ -78,6 +87,8 @@ class State(msgspec.Struct):
     ports: Ports
     nodes: list[Node]
     daemons: list[Daemon]
+    release: Release | None = None
+    """What it is made of, where that is not the machine's own system."""
     schema: int = 1
 
     @property
@@ -114,13 +125,13 @@ class Layout:
         self.database_socket = directory / "db" / "socket"
         self.spool = directory / "spool"
         self.save = directory / "save"
-        self.nodes = directory / "nodes"
-        self.scratch = directory / "scratch"
+        self.nodes = directory / NODES
+        self.scratch = directory / SCRATCH
         """Where every node sees its own disk, and nobody else's."""
 
     def node_scratch(self, node: str) -> Path:
         """Return the directory that is a node's disk, as seen from outside the nodes."""
-        return self.nodes / node / "scratch"
+        return self.nodes / node / SCRATCH
 
     def perishable(self) -> list[Path]:
         """Return what a testbed that is down needs no longer; logs and scratch stay."""

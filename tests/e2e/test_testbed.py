@@ -298,13 +298,13 @@ def test_down_leaves_no_process_no_mount_and_no_group() -> None:
         job = made.submit("srun bash -c 'setsid sleep 600 & sleep 600'", "-a", "0-1", "-c", "2")
         made.wait_running(job)
         made.kill_node(made.nodes[0])
-        conf, directory, scratch = made.conf, made.directory, made.scratch
+        conf, directory, nodes = made.conf, made.directory, made.nodes
         assert len(_processes_naming(conf)) >= 4
 
         assert testbed.down(directory)
 
         assert [] == _processes_naming(conf)
-        assert [] == processes.members(scratch)
+        assert [] == processes.members([f"/{node}/scratch" for node in nodes])
         assert [] == [p for n in made.nodes for p in cgroups.ROOT.glob(f"*/slurm_{n}")]
         assert str(directory) not in Path("/proc/mounts").read_text()
         assert not testbed.down(directory)

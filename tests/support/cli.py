@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -29,16 +30,30 @@ def wait_until(
         time.sleep(POLL_S)
 
 
+def as_user(directory: Path) -> list[str]:
+    """Return what goes before a command that is run as ``HPCRESUME_TEST_USER`` if that is set.
+
+    Args:
+        directory: Becomes that user's home.
+    """
+    user = os.environ.get("HPCRESUME_TEST_USER")
+    if user is None:
+        return []
+    entry = pwd.getpwnam(user)
+    ids = [f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups"]
+    return ["setpriv", *ids, "env", f"HOME={directory}", f"USER={user}", f"LOGNAME={user}"]
+
+
 @dataclass
 class Command:
-    """``hpcresume`` in a directory, with an environment."""
+    """``hpcresume`` in a directory, with an environment, as ``HPCRESUME_TEST_USER`` if set."""
 
     directory: Path
     env: Mapping[str, str] | None = None
 
     def argv(self, *arguments: str) -> list[str]:
         """Return the words that start the command."""
-        return [sys.executable, "-m", "hpcresume", *arguments]
+        return [*as_user(self.directory), sys.executable, "-m", "hpcresume", *arguments]
 
     def start(self, *arguments: str, **popen: Any) -> subprocess.Popen[str]:
         """Start a command and return its process."""

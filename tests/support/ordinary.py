@@ -80,4 +80,4 @@ class OrdinaryCommand(Command):
         drop += ["--clear-groups", "--"]
         inner = f'{_opening_script()}\nexec {shlex.join(drop)} "$@"'
         script = ["unshare", "--mount", "--propagation", "private", "sh", "-c", inner, "sh"]
-        return [*script, *super().argv(*arguments)]
+        return [*script, sys.executable, "-m", "hpcresume", *arguments]
