@@ -54,10 +54,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 def here() -> Release | None:
     """Return the release that this process runs inside of, None outside."""
-    try:
-        return msgspec.json.decode(_MARKER.read_bytes(), type=Release)
-    except FileNotFoundError:
-        return None
+    return _marked(_MARKER)
 
 
 def default_root(name: str) -> Path:
@@ -91,14 +88,14 @@ def prepare(
     release = Release(name, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.exists():
+        if not path.exists() or not any(path.iterdir()):
             tell(f"building Debian {name} with its Slurm in {path} (log: {path}.log)")
             _debootstrap(release, mirror)
-        found = msgspec.json.decode(_outside(release, _MARKER).read_bytes(), type=Release)
+        found = _marked(_outside(release, _MARKER))
         if found != release:
+            what = "no release of Debian" if found is None else f"{found.name} of {found.root}"
             raise TestbedError(
-                f"{path} holds the release {found.name} built for {found.root}. "
-                "Name another folder, or remove it",
+                f"{path} is not empty and holds {what}. Name another folder, or remove it",
                 path=str(path),
             )
         if _installed(release) != _wanted():
@@ -119,8 +116,7 @@ def command(release: Release, argv: Sequence[str], *, directory: Path | None = N
         TestbedError: The directory belongs to the operating system, so it is not seen inside.
     """
     where = directory or Path.cwd()
-    if directory is None:
-        require_visible(where)
+    _require_visible(where)
     root = shlex.quote(release.root)
     lines = [
         "set -e",
@@ -141,13 +137,8 @@ def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PATH": _PATH, "LANG": "C.UTF-8"}
 
 
-def require_visible(path: Path) -> None:
-    """Raise unless a directory has the same content inside a release as outside.
-
-    Raises:
-        TestbedError: It belongs to the operating system.
-    """
-    if len(path.parts) > 1 and _is_own(path.parts[1]):
+def _require_visible(path: Path) -> None:
+    if len(path.parts) > 1 and _is_own(path.parts[1]) and not path.is_relative_to(SOURCE):
         raise TestbedError(
             f"{path}: not seen inside another release, which has a /{path.parts[1]} of its own. "
             "Work in a directory below /home or /tmp",
@@ -178,6 +169,13 @@ def _bind(release: Release, outside: Path, inside: Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
     return f"mount --rbind {shlex.quote(str(outside))} {shlex.quote(str(target))}"
+
+
+def _marked(path: Path) -> Release | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Release)
+    except FileNotFoundError:
+        return None
 
 
 def _outside(release: Release, inside: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from hpcresume import slurm, testbed
 from hpcresume.errors import TestbedError
-from hpcresume.testbed import cgroups, configure, processes
+from hpcresume.testbed import cgroups, configure, processes, releases
+from hpcresume.testbed.state import Release
 from tests.support.cluster import SlurmCluster, bare_directory, cluster
 
 pytestmark = pytest.mark.slurm
@@ -404,6 +406,120 @@ def test_command_line_reports_the_testbed(slurm_cluster: SlurmCluster) -> None:
     assert (1, str(slurm_cluster.conf)) == (seen["schema"], seen["slurm_conf"])
     assert str(slurm_cluster.scratch) == seen["scratch"]
     assert slurm_cluster.nodes == [node["name"] for node in seen["nodes"]]
+
+
+@pytest.fixture
+def small_release(tmp_path: Path) -> Release:
+    """Return a folder that holds a shell and three commands of this machine, as a release."""
+    root = tmp_path / "root"
+    commands = [shutil.which(name) or name for name in ("sh", "env", "cat", "sleep")]
+    ldd = subprocess.run(["ldd", *commands], capture_output=True, text=True, check=True).stdout
+    libraries = {word for word in ldd.split() if word.startswith("/") and not word.endswith(":")}
+    for path in {*commands, *libraries}:
+        target = root / os.path.realpath(os.path.dirname(path)).lstrip("/") / os.path.basename(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for name in os.listdir("/"):
+        if os.path.islink(f"/{name}") and not (root / name).exists():
+            (root / name).symlink_to(os.readlink(f"/{name}"))
+    (root / "etc").mkdir()
+    (root / "etc/own").write_text("the release's")
+    return Release("small", str(root))
+
+
+def test_a_release_sees_the_machine_s_files_but_its_own_system(
+    small_release: Release, tmp_path: Path
+) -> None:
+    """
+    A command in a release runs in the same directory with its own /etc; what it mounts ends
+    with it, and the folder holds nothing of the machine afterwards.
+    """
+    (tmp_path / "mine").write_text("outside, ")
+
+    done = subprocess.run(
+        releases.command(small_release, ["cat", "mine", "/etc/own"], directory=tmp_path),
+        env=releases.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (0, "outside, the release's") == (done.returncode, done.stdout), done.stderr
+    assert small_release.root not in Path("/proc/mounts").read_text()
+    assert [] == list((Path(small_release.root) / tmp_path.relative_to("/").parts[0]).iterdir())
+
+
+def test_a_release_refuses_a_directory_of_the_system(small_release: Release) -> None:
+    """A directory below /usr is another one inside, so no command is run in it."""
+    with pytest.raises(TestbedError, match="not seen inside another release"):
+        releases.command(small_release, ["cat"], directory=Path("/usr/share"))
+
+
+def test_a_killed_build_of_a_release_is_begun_anew(tmp_path: Path) -> None:
+    """Whatever a killed build had started ends with it, and is not taken for a release."""
+    root, tools = tmp_path / "root", tmp_path / "tools"
+    tools.mkdir()
+    tool = tools / "debootstrap"
+    tool.write_text(f"#!/bin/sh\nmkdir -p {root}.partial/etc\nexec sleep 600\n")
+    tool.chmod(0o755)
+    build = f"from hpcresume.testbed import releases; releases.prepare('sid', root='{root}')"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+
+    building = subprocess.Popen([sys.executable, "-c", build], env=environment)
+    assert processes.wait_until((tmp_path / "root.partial/etc").exists, 30)
+    building.kill()
+    building.communicate()
+
+    assert processes.wait_until(lambda: _processes_naming(tools) == [], 10)
+    (tmp_path / "root.partial/old").touch()
+    tool.write_text("#!/bin/sh\necho no such mirror\nexit 1\n")
+    done = subprocess.run(
+        [sys.executable, "-c", build], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "no such mirror" in done.stderr
+    assert not (tmp_path / "root.partial/old").exists()
+    assert not root.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["trixie", "sid"])
+def test_a_testbed_of_another_release(name: str) -> None:
+    """
+    `up --release` brings the release's Slurm up, `enter` submits to it, the other commands
+    find their way inside by themselves, and `down` leaves no process.
+    """
+    with bare_directory() as directory:
+        folder = directory.parent
+
+        def call(*argv: str) -> str:
+            done = subprocess.run(
+                [sys.executable, "-m", "hpcresume", "testbed", *argv],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return done.stdout
+
+        at = ["--dir", str(directory)]
+        try:
+            call("up", str(directory), "--release", name, "--nodes", "2")
+            seen = json.loads(call("status", str(directory), "--json"))
+            version = call("enter", *at, "sinfo", "--version").split()[1]
+            script = "#!/bin/sh\ngrep VERSION_CODENAME /etc/os-release; sleep 600\n"
+            (folder / "job.sh").write_text(script)
+            job = call("enter", *at, "sbatch", "--parsable", "-o", "log", "job.sh").strip()
+            assert processes.wait_until((folder / "log").exists, 60)
+            call("preempt", job, *at)
+        finally:
+            ended = call("down", str(directory), "--json")
+
+        assert (name, ["idle", "idle"]) == (seen["release"], [n["state"] for n in seen["nodes"]])
+        assert version != "22.05.8"
+        assert f"VERSION_CODENAME={name}" in (folder / "log").read_text() or name == "sid"
+        assert json.loads(ended)["ended"]
+        assert [] == _processes_naming(directory)
 
 
 def test_unreachable_controller_is_a_typed_error(slurm_cluster: SlurmCluster) -> None:
