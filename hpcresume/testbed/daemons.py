@@ -67,10 +67,17 @@ def make_database(layout: Layout) -> None:
 
 
 def start_database(state: State, layout: Layout) -> None:
-    """Start MariaDB on its socket alone."""
+    """Start MariaDB on its socket alone, with an empty database for slurmdbd.
+
+    slurmdbd would make it, too, but does not survive that: libmariadb 3.4.10 answers nothing
+    on a connection that had named a missing database first.
+    """
+    first = layout.database.parent / "first.sql"
+    first.write_text("CREATE DATABASE IF NOT EXISTS slurm_acct_db;\n", encoding="ascii")
     command = ["mariadbd", "--no-defaults", "--user=root", "--skip-networking"]
     command += [f"--datadir={layout.database}", f"--socket={layout.database_socket}"]
-    command += [f"--pid-file={layout.database.parent / 'pid'}", "--innodb-log-file-size=8M"]
+    command += [f"--init-file={first}", f"--pid-file={layout.database.parent / 'pid'}"]
+    command += ["--innodb-log-file-size=8M"]
     command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
     daemon = _start(state, layout, "mariadbd", command)
     _await(daemon, layout, lambda: _answers(layout.database_socket), timeout_s=60)
