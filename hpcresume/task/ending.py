@@ -1,12 +1,13 @@
 """How an attempt ended, and whether its element of the job array requeues itself.
 
 Slurm restarts an element after a node failure, or when it outlives the grace period of a
-preemption, but not when it ends early within that period; and an element that came back
+preemption, before 24.05 not when it ends early within that period; and an element that came back
 after every SIGTERM would bring back what the user cancelled.  So it asks how Slurm sees it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable
 
@@ -64,11 +65,28 @@ def look(allocation: Allocation, *, timeout_s: float = _ASK_S) -> View:
     return view_of(jobs[0], allocation.restart_count) if len(jobs) == 1 else View.UNKNOWN
 
 
+def forbid_restart(allocation: Allocation, *, stopped: bool) -> None:
+    """Tell Slurm that this element, which has done its work, is not to be requeued.
+
+    From 24.05 on Slurm requeues what ends within the grace period of a preemption, and does
+    not forget that period with a requeue: an element that was requeued in it would run once
+    more after the attempt that finished.  Where Slurm does not answer it does, for nothing.
+
+    Args:
+        allocation: Says whether the element was restarted.
+        stopped: Whether this attempt was told to stop.
+    """
+    if (allocation.restart_count or stopped) and look(allocation) in _STILL_RUNS:
+        with contextlib.suppress(HpcResumeError):
+            slurm.update([f"JobId={allocation.element}", "Requeue=0"], timeout_s=_ASK_S)
+
+
 def kind_of_sigterm(view: View) -> str:
     """Return the kind of outcome of an attempt that was sent SIGTERM."""
     return _KIND_OF_VIEW.get(view, "terminated")
 
 
+_STILL_RUNS = frozenset({View.RUNNING, View.PREEMPTED})
 _KIND_OF_VIEW = {
     View.PREEMPTED: "preempted",
     View.REQUEUED: "requeued",

@@ -43,7 +43,13 @@ from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.segment import NEEDS_LONGER
 from hpcresume.task.allocation import read_allocation, read_end_time
 from hpcresume.task.bad_node import hold, is_nodes_fault, keep_away
-from hpcresume.task.ending import kind_of_sigterm, look, make_outcome, why_not
+from hpcresume.task.ending import (
+    forbid_restart,
+    kind_of_sigterm,
+    look,
+    make_outcome,
+    why_not,
+)
 from hpcresume.task.messages import (
     DRIVER_REPORTS,
     PUBLISHER_REPORTS,
@@ -623,6 +629,8 @@ class Supervisor:
             say(f"processes blocked in the kernel are left behind: {stuck}")
         if published:
             self._scratch.remove()
+        if outcome.state == "done":
+            forbid_restart(self._allocation, stopped=self._state.stop_kind is not None)
         if outcome.state in {"done", "superseded"}:
             return 0
         if outcome.state == "broken":

@@ -133,7 +133,7 @@ def _accounting(state: State, layout: Layout) -> dict[str, object]:
 
 def cgroup_conf() -> str:
     """Return cgroup.conf: memory is limited, CPUs are not (nodes share the machine's)."""
-    return "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nConstrainRAMSpace=yes\n"
+    return "CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\n"
 
 
 def slurmdbd_conf(state: State, layout: Layout) -> str:
