@@ -483,6 +483,7 @@ def test_a_killed_build_of_a_release_is_begun_anew(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.skipif(releases.here() is not None, reason="a release is built from outside")
 @pytest.mark.parametrize("name", ["trixie", "sid"])
 def test_a_testbed_of_another_release(name: str) -> None:
     """
