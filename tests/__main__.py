@@ -38,7 +38,7 @@ DEFAULT_STEPS = ("ruff", "format", "mypy", *(name for name in PYTEST_STEPS if na
 # What may differ with the versions of Slurm and Python.
 RELEASE_STEPS = ("unit", "property", "slurm")
 # The other releases of the tier "all", and the options with which they are run.
-RELEASES = {"trixie": ["--user", "nobody"], "sid": []}
+RELEASES = {"trixie": ["--user", "daemon"], "sid": []}
 # pytest's last line: what passed, failed and was skipped.
 PYTEST_ENDS = re.compile(r"^=+ (?P<counts>.*\bin \d[\d.]*s.*?) =+$")
 # The last line of this very command, run inside another release.

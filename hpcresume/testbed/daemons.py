@@ -79,6 +79,8 @@ def start_database(state: State, layout: Layout) -> None:
     command += [f"--init-file={first}", f"--pid-file={layout.database.parent / 'pid'}"]
     command += ["--innodb-log-file-size=8M"]
     command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
+    # slurmdbd does not take it, and older servers do not know it.
+    command += ["--loose-innodb-snapshot-isolation=OFF"]
     daemon = _start(state, layout, "mariadbd", command)
     _await(daemon, layout, lambda: _answers(layout.database_socket), timeout_s=60)
 
