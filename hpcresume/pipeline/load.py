@@ -150,6 +150,8 @@ def load_snapshot(directory: Path) -> LoadedPipeline:
     """
     manifest = _read_manifest(directory)
     spec = _snapshot_spec(directory, manifest)
+    # For good: a stage that imports its helpers late must not write into the run either.
+    sys.dont_write_bytecode = True
     try:
         return _load(spec, manifest["params"])
     except (PipelineError, UsageError) as error:
