@@ -239,7 +239,6 @@ def down(directory: Path, as_json: bool) -> None:
     """
     from hpcresume import testbed as beds
 
-    _go_to(directory)
     ended = beds.down(directory)
     if as_json:
         emit_json({"directory": str(directory), "ended": ended})

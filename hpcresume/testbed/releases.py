@@ -113,8 +113,15 @@ def command(release: Release, argv: Sequence[str], *, directory: Path | None = N
         directory: Working directory, under its path inside; by default the current one.
 
     Raises:
-        TestbedError: The directory belongs to the operating system, so it is not seen inside.
+        TestbedError: The directory belongs to the operating system, so it is not seen inside;
+            or the release is gone.
     """
+    if not Path(release.root, "usr").is_dir():
+        raise TestbedError(
+            f"the release {release.name} is gone: {release.root} is not there. End what was made "
+            "of it: hpcresume testbed down; then build it again: hpcresume testbed up --release",
+            root=release.root,
+        )
     where = directory or Path.cwd()
     _require_visible(where)
     root = shlex.quote(release.root)

@@ -456,6 +456,14 @@ def test_a_release_refuses_a_directory_of_the_system(small_release: Release) -> 
         releases.command(small_release, ["cat"], directory=Path("/usr/share"))
 
 
+def test_a_release_that_is_gone_is_named(tmp_path: Path) -> None:
+    """Where the folder was removed, nothing is mounted; the message says how to go on."""
+    with pytest.raises(TestbedError, match="the release sid is gone"):
+        releases.command(Release("sid", str(tmp_path / "root")), ["true"], directory=tmp_path)
+
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_a_killed_build_of_a_release_is_begun_anew(tmp_path: Path) -> None:
     """Whatever a killed build had started ends with it, and is not taken for a release."""
     root, tools = tmp_path / "root", tmp_path / "tools"
