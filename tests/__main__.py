@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hpcresume.errors import TestbedError
 from hpcresume.testbed import packages, releases
+from tests.support.cli import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
@@ -45,6 +46,7 @@ PYTEST_ENDS = re.compile(r"^=+ (?P<counts>.*\bin \d[\d.]*s.*?) =+$")
 ENDS = re.compile(r"^(?P<counts>\d+ steps in .*)$")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NONE_COLLECTED = 5
+EX_USAGE = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment(options)
     if options.release:
         return _inside(options)
+    if options.user and not _can_run_python():
+        print(f"error: {options.user} may not run {sys.executable}: use --release", file=sys.stderr)
+        return EX_USAGE
     chosen = options.only or _default(options)
     steps = {**_checks(), **{name: _release(name) for name in RELEASES}}
     results = [_timed(Step(name, steps[name])) for name in steps if name in chosen]
@@ -126,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         help="run hpcresume and its jobs as this user in the tests on Slurm; root starts them",
     )
     return parser
+
+
+def _can_run_python() -> bool:
+    argv = [*as_user(Path("/")), sys.executable, "-c", "import hpcresume"]
+    return subprocess.run(argv, cwd="/", capture_output=True, check=False).returncode == 0
 
 
 def _default(options: argparse.Namespace) -> list[str]:
