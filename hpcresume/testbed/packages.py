@@ -13,7 +13,7 @@ _APT_INSTALL = ["apt-get", "install", "-y", "--no-install-recommends"]
 _PACKAGES = ["slurm-wlm", "slurm-wlm-basic-plugins", "munge"]
 _ACCOUNTING_PACKAGES = ["slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server"]
 _RELEASE_PACKAGES = ["python3", "python3-venv", "procps", "ca-certificates"]
-_RELEASE_TOOLS = ("debootstrap", "unshare", "setpriv")
+_RELEASE_TOOLS = ("debootstrap", "unshare", "setpriv", "pivot_root")
 _BASIC = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munged", "unshare")
 _ACCOUNTING = ("slurmdbd", "sacctmgr", "sacct", "mariadbd", "mariadb-install-db")
 # Daemons live where an ordinary user's PATH does not look.
@@ -74,7 +74,9 @@ def require_release_tools() -> None:
             missing=absent,
         )
     if os.geteuid() != 0:
-        raise TestbedError("another release needs root: it is entered by chroot. Run it with sudo")
+        raise TestbedError(
+            "another release needs root: it is entered as a root directory. Run it with sudo"
+        )
 
 
 def debian_mirror() -> str | None:

@@ -1,7 +1,7 @@
 """Other releases of Debian, and with them other versions of Slurm and Python, in a folder.
 
 A release is built once by debootstrap, with Slurm and a virtual environment that holds this
-project, and reused.  A command runs inside it by :func:`command`: chrooted, in a mount
+project, and reused.  A command runs inside it by :func:`command`: with it as root, in a mount
 namespace of its own, where everything outside the operating system (home, /tmp, /scratch, ...)
 is the machine's own under the same path.  A testbed inside has therefore the same directory
 as one outside, and its mounts end with its last process, however that ends.
@@ -39,6 +39,8 @@ _SHARED_FILES = [
     "/etc/pip.conf",
     "/etc/ssl/certs/ca-certificates.crt",
 ]
+# Where the machine's root is for a moment.
+_OUTSIDE = ".outside"
 _VENV = "/usr/local/lib/hpcresume"
 SOURCE = Path("/usr/local/src/hpcresume")
 """Where a checkout is seen inside, whatever lies above it outside."""
@@ -132,7 +134,11 @@ def command(release: Release, argv: Sequence[str], *, directory: Path | None = N
         f"mount --make-unbindable {root}",
         *_binds(release),
         f"mount --make-private {root}",
-        f'exec chroot {root} env -C {shlex.quote(str(where))} "$@"',
+        # Not chroot, which leaves the machine's root as that of the namespace (nsenter(1)).
+        f"cd {root}",
+        f"pivot_root . {_OUTSIDE}",
+        f"umount -l /{_OUTSIDE}",
+        f'exec env -C {shlex.quote(str(where))} "$@"',
     ]
     return ["unshare", "--mount", "sh", "-c", "\n".join(lines), "sh", *argv]
 
@@ -158,6 +164,7 @@ def _is_own(name: str) -> bool:
 
 
 def _binds(release: Release) -> Iterator[str]:
+    Path(release.root, _OUTSIDE).mkdir(exist_ok=True)
     for entry in sorted(os.scandir("/"), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False) and not _is_own(entry.name):
             yield _bind(release, Path(entry.path), Path(entry.path))

@@ -413,7 +413,7 @@ def test_command_line_reports_the_testbed(slurm_cluster: SlurmCluster) -> None:
 def small_release(tmp_path: Path) -> Release:
     """Return a folder that holds a shell and three commands of this machine, as a release."""
     root = tmp_path / "root"
-    commands = [shutil.which(name) or name for name in ("sh", "env", "cat", "sleep")]
+    commands = [shutil.which(name) or name for name in ("sh", "env", "cat", "umount")]
     ldd = subprocess.run(["ldd", *commands], capture_output=True, text=True, check=True).stdout
     libraries = {word for word in ldd.split() if word.startswith("/") and not word.endswith(":")}
     for path in {*commands, *libraries}:
