@@ -50,6 +50,7 @@ def test_another_node(slurm_cluster: SlurmCluster) -> None:
 
     first, second = run.outcomes()
     assert ("saved", "preempted", "done") == (first["state"], first["kind"], second["state"])
+    assert 1 == slurm_cluster.show(f"{run.array}_0").restarts
     assert node != run.attempts()[1]["node"]
     assert ("complete", 1) == (status["state"], len(status["rounds"]))
     assert {1} == set(run.executions().values())

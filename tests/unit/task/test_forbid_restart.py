@@ -1,4 +1,4 @@
-"""What an array task asks of Slurm about itself."""
+"""An element that has done its work is not started again by Slurm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcresume.task.allocation import Allocation, forbid_restart
+from hpcresume.task.allocation import Allocation
+from hpcresume.task.ending import forbid_restart
 
 SCONTROL = """#!/bin/sh
 echo "$*" >> {log}
@@ -16,18 +17,20 @@ case "$1" in show) echo "JobId=8 ArrayJobId=7 ArrayTaskId=3 JobState={state} Res
 
 
 @pytest.mark.parametrize(
-    ("restart_count", "state", "asked"),
+    ("restart_count", "stopped", "state", "asked"),
     [
-        (1, "RUNNING", ["show job -o 7_3", "update JobId=7_3 Requeue=0"]),
-        (1, "COMPLETING", ["show job -o 7_3"]),
-        (0, "RUNNING", []),
+        (1, False, "RUNNING", ["show job -o 7_3", "update JobId=7_3 Requeue=0"]),
+        (1, True, "COMPLETING", ["show job -o 7_3"]),
+        (0, False, "RUNNING", []),
     ],
     ids=["restarted", "cancelled", "first"],
 )
 def test_only_the_running_restart_forbids_another(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     restart_count: int,
+    stopped: bool,
     state: str,
     asked: list[str],
 ) -> None:
@@ -39,7 +42,8 @@ def test_only_the_running_restart_forbids_another(
     monkeypatch.delenv("SLURM_CONF", raising=False)
 
     forbid_restart(
-        Allocation(cpus=1, gpus=0, memory_bytes=1, element="7_3", restart_count=restart_count)
+        Allocation(cpus=1, gpus=0, memory_bytes=1, element="7_3", restart_count=restart_count),
+        stopped=stopped,
     )
 
     assert asked == (log.read_text().splitlines() if log.exists() else [])
@@ -55,6 +59,8 @@ def test_a_newer_attempt_keeps_its_restarts(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_CONF", raising=False)
 
-    forbid_restart(Allocation(cpus=1, gpus=0, memory_bytes=1, element="7_3", restart_count=1))
+    forbid_restart(
+        Allocation(cpus=1, gpus=0, memory_bytes=1, element="7_3", restart_count=1), stopped=False
+    )
 
     assert ["show job -o 7_3"] == log.read_text().splitlines()
