@@ -98,7 +98,9 @@ def test_ledger_left_unpublished(slurm_cluster: SlurmCluster, end: str) -> None:
 
     status = run.wait_ended()
 
-    assert ("complete", 2 if end == "killed" else 1) == (status["state"], len(status["rounds"]))
+    # A task that ends in its grace is requeued by Slurm from 24.05 on, by the merge job before.
+    restarts = slurm_cluster.show(f"{run.array}_0").restarts or 0
+    assert ("complete", 2 - restarts) == (status["state"], len(status["rounds"]))
     assert [node, node] == [attempt["node"] for attempt in run.attempts()]
     assert "sources of a dead attempt" in run.log()
     # In flight when it was frozen: one source that ran, one whose commit waited for its group.
