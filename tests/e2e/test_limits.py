@@ -90,7 +90,8 @@ def test_a_submit_limit_that_no_site_file_knows(limited: SlurmCluster, *, arrays
     that were taken before the refusal are cancelled.
     """
     allow_jobs(limited, 4)
-    run = Limited(limited, HPCRESUME_SITE__ARRAYS=str(arrays).lower())
+    site = {"HPCRESUME_SITE__ARRAYS": str(arrays).lower()}
+    run = Limited(limited, HPCRESUME_RUN__MIN_TASK_S="0", **site)
 
     said = run.submit("-Pms=30")
     run.kill_first_task()
