@@ -390,7 +390,7 @@ class RunDir:
         """
         directory = self.task_path(round_, task)
         try:
-            ensure_directory(self.fs, directory)
+            self.ensure(directory)
             known = self.attempts(round_, task)
             epoch = known[-1].epoch + 1 if known else 1
             while True:
@@ -415,6 +415,20 @@ class RunDir:
         """Return the newest epoch of an attempt's array task that is visible here."""
         return max((a.epoch for a in self.attempts(ref.round, ref.task)), default=ref.epoch)
 
+    def ensure(self, path: str) -> None:
+        """Create a directory below the run's where it is missing, but never the run's own.
+
+        Raises:
+            SharedStorageError: The file system refused, or somebody removed the run.
+        """
+        if not self.fs.exists(self.join("run.json")):
+            raise SharedStorageError(
+                f"{self.path} is gone, or cannot be read. Nothing is written there, as nobody "
+                "would find it; local data is intact. Put it back, then submit it again.",
+                path=self.path,
+            )
+        ensure_directory(self.fs, path)
+
     def write_record(self, path: str, record: msgspec.Struct, *, label: str) -> Receipt:
         """Publish a small record under a new name as JSON.
 
@@ -422,7 +436,7 @@ class RunDir:
             FileExistsError: The name is taken.
             SharedStorageError: The file system refused.
         """
-        ensure_directory(self.fs, os.path.dirname(path))
+        self.ensure(os.path.dirname(path))
         data = msgspec.json.format(msgspec.json.encode(record)) + b"\n"
         return publish(self.fs, path, [data], label=label, exclusive=True)
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hpcresume.launch.rounds import plan_round, settle
 from hpcresume.launch.submit import Submission, make_ready
 from hpcresume.ledger.store import Ledger
@@ -31,14 +33,14 @@ from hpcresume.merge.generation import Union, read_union
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.segment.frame import decode_frame
 from tests.support.cli import Command, wait_until
-from tests.support.local import kill_family
+from tests.support.local import family, kill_family
 from tests.support.pipelines import fan_result, write_fan
 from tests.support.sharedfs import SharedFs
 
 DRAIN_S = 4.0
 EXIT_S = 10.0
 """What an attempt may take beyond its drain time: KillWait is 30 s, drain_s 20 s by default."""
-LOAD_S = 5.0
+LOAD_S = 10.0
 """What a busy machine may add."""
 
 
@@ -76,15 +78,6 @@ class Attempt:
         """Wait until so many sources are committed."""
         self.wait_for(lambda: self.committed() >= sources)
 
-    def wait_published(self, sources: int) -> int:
-        """Wait until so many sources are committed and all of them have receipts."""
-        self.wait_for(lambda: self.committed() >= sources and self._is_published())
-        return int(next(s for s in reversed(self.said) if not s["unpublished_bytes"])["committed"])
-
-    def _is_published(self) -> bool:
-        self.said_last()
-        return any(s["committed"] and not s["unpublished_bytes"] for s in self.said[-1:])
-
     def wait(self, *, timeout_s: float = 90) -> int:
         """Wait for the end and return the exit status."""
         try:
@@ -96,6 +89,18 @@ class Attempt:
         """Send SIGTERM; the attempt leaves within its grace, whatever else is broken."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout_s=drain_s + EXIT_S + LOAD_S)
+
+    def freeze(self) -> None:
+        """Stop every process of the attempt where it is."""
+        for process in family(self.process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def thaw(self) -> None:
+        """Let the processes go on."""
+        for process in family(self.process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def kill(self) -> None:
         """Kill every process of the attempt at once, as the end of a grace period does."""
@@ -205,8 +210,27 @@ class Rig:
         return collections.Counter(map(int, lines))
 
     def union(self) -> Union:
-        """Return what the run directory holds, as a merge would."""
+        """Return what the run directory holds, as a merge here would find it."""
         return read_union(RunDir.open(str(self.run)), max_attempts=3)
+
+    def stored(self) -> Union:
+        """Return what the run directory holds, as its file server sees it."""
+        path = self.shared.backing / "run" if self.shared is not None else self.run
+        return read_union(RunDir.open(str(path)), max_attempts=3)
+
+    def wait_published(self, attempt: Attempt, sources: int) -> int:
+        """Freeze an attempt that has receipts for so many sources; return for how many."""
+
+        def promised() -> int:
+            attempt.freeze()
+            # What was committed and is not in the ledger any more had a receipt.
+            found = attempt.committed() - len(self.pending())
+            if found < sources:
+                attempt.thaw()
+            return max(0, found - sources + 1)
+
+        attempt.wait_for(promised)
+        return attempt.committed() - len(self.pending())
 
     def outcome(self, epoch: int = 1) -> Outcome | None:
         """Return how an attempt ended."""
