@@ -18,6 +18,7 @@ import psutil
 from hpcresume.task.messages import Channel
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_END_S = 1.0
 ATTEMPT_VARIABLE = "HPCRESUME_ATTEMPT"
 """Set for every process of an attempt, so that what outlives it is found, by no name."""
 
@@ -76,7 +77,10 @@ class Child:
 
     def describe_end(self) -> str:
         """Return how it ended, for people."""
-        code = self.process.poll()
+        # Its pipe closes a moment before it can be waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=_END_S)
+        code = self.process.returncode
         if code is None:
             return "is still there"
         return f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ pytest.register_assert_rewrite("tests.faults.rig")
 
 from tests.faults.rig import Rig, make_rig  # noqa: E402
 from tests.support.sharedfs import SharedFs, shared_fs
+from tests.support.stranger import Stranger
 
 
 @pytest.fixture
@@ -32,3 +35,20 @@ def shared_rig(tmp_path: Path, shared: SharedFs) -> Iterator[Rig]:
     """A run on such a file system."""
     with make_rig(tmp_path, run=shared.path / "run", shared=shared) as made:
         yield made
+
+
+@pytest.fixture
+def stranger() -> Stranger:
+    """Another user of this machine."""
+    return Stranger.make()
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory in which everybody may make files, like /tmp."""
+    path = Path(tempfile.mkdtemp(prefix="hrp", dir="/tmp"))
+    path.chmod(0o1777)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
