@@ -12,8 +12,8 @@ import pytest
 pytest.register_assert_rewrite("tests.faults.rig")
 
 from tests.faults.rig import Rig, make_rig  # noqa: E402
-from tests.support.sharedfs import SharedFs, shared_fs
-from tests.support.stranger import Stranger
+from tests.support.sharedfs import SharedFs, shared_fs  # noqa: E402
+from tests.support.stranger import Stranger  # noqa: E402
 
 
 @pytest.fixture

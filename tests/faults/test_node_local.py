@@ -107,9 +107,7 @@ def test_row_52_long_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "link"], ids=["52-taken-name", "52-planted-link"])
-def test_row_taken_name(
-    public: Path, stranger: Stranger, tmp_path: Path, kind: str
-) -> None:
+def test_row_taken_name(public: Path, stranger: Stranger, tmp_path: Path, kind: str) -> None:
     """Another user took the name of our directory on the node: refused, nothing is written."""
     (tmp_path / "victim").mkdir(mode=0o700)
     name = public / f"hpcresume-{os.geteuid()}"

@@ -9,9 +9,8 @@ import pytest
 
 from hpcresume.errors import EXIT_SAVED
 from tests.faults.rig import Rig, make_rig
-from tests.support.cli import Command
 from tests.support.local import Desk
-from tests.support.sharedfs import Rule, SharedFs, shared_fs
+from tests.support.sharedfs import Rule, shared_fs
 
 slow = pytest.mark.slow
 EVERYTHING = (
@@ -36,16 +35,10 @@ def hits(rig: Rig) -> int:
         pytest.param(Rule("fsync", "EIO", ".tmp-*", times=1), id="31-eio-at-fsync", marks=slow),
         pytest.param(Rule("rename", "ESTALE", "seg-*", times=2), id="32-stale-rename", marks=slow),
         pytest.param(Rule("open", "ESTALE", "seg-*", times=2), id="32-stale-open", marks=slow),
-        pytest.param(
-            Rule("opendir", "ESTALE", "e0*", times=2), id="32-stale-readdir", marks=slow
-        ),
-        pytest.param(
-            Rule("rename", "ENOENT", "seg-*", after=True), id="33-rename-reply-lost"
-        ),
+        pytest.param(Rule("opendir", "ESTALE", "e0*", times=2), id="32-stale-readdir", marks=slow),
+        pytest.param(Rule("rename", "ENOENT", "seg-*", after=True), id="33-rename-reply-lost"),
         pytest.param(Rule("fsyncdir", "EINVAL"), id="35-no-directory-sync", marks=slow),
-        pytest.param(
-            Rule("lookup", "old-size", "seg-*", times=2), id="39-old-size", marks=slow
-        ),
+        pytest.param(Rule("lookup", "old-size", "seg-*", times=2), id="39-old-size", marks=slow),
     ],
 )
 def test_row(shared_rig: Rig, rule: Rule) -> None:

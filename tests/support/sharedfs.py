@@ -96,7 +96,7 @@ class _Node:
         return self.name if self.parent is None else os.path.join(self.parent.path(), self.name)
 
 
-class _Hang(Exception):
+class _HangError(Exception):
     pass
 
 
@@ -133,7 +133,7 @@ class _Server:
             return
         try:
             self._answer(unique, 0, self._handle(request, faults=True))
-        except _Hang:
+        except _HangError:
             threading.Thread(target=self._later, args=(request, unique), daemon=True).start()
         except OSError as error:
             self._answer(unique, -(error.errno or errno.EIO), b"")
@@ -199,7 +199,7 @@ class _Server:
         rule = self._fault(op, self._name_of(op, node, body)) if faults else None
         action = rule.action if rule else ""
         if action == "hang":
-            raise _Hang
+            raise _HangError
         if rule and action in errno.errorcode.values() and not rule.after:
             raise OSError(getattr(errno, action), "")
         answer: bytes = getattr(self, f"_{op}")(node, body, uid, gid, action)

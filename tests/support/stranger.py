@@ -29,12 +29,14 @@ class Stranger:
         taken = {entry.pw_uid for entry in pwd.getpwall()}
         return cls(next(uid for uid in range(61_000, 65_000) if uid not in taken))
 
-    def call(self, *command: Any, timeout_s: float = 60, **popen: Any) -> Any:
+    def call(
+        self, *command: Any, timeout_s: float = 60, as_group: int | None = None, **popen: Any
+    ) -> Any:
         """Run a command as this user, in no further groups, and return how it ended."""
         return subprocess.run(
             [str(word) for word in command],
             user=self.uid,
-            group=self.uid,
+            group=self.uid if as_group is None else as_group,
             extra_groups=[],
             cwd="/",
             capture_output=True,
