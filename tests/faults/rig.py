@@ -288,7 +288,7 @@ class Rig:
     def check_private(self) -> None:
         """Nothing in the run directory or on the node is open to others, or a database."""
         open_to_others, databases = [], []
-        for top in (self.run, self.local):
+        for top in (self.run, *self.local.iterdir()):
             for directory, _, names in os.walk(top):
                 for path in (directory, *(os.path.join(directory, name) for name in names)):
                     status = os.lstat(path)

@@ -234,17 +234,17 @@ def test_row_ray(public: Path, tmp_path: Path, stranger: Stranger, token: str) -
     Another user of the node finds the port of an attempt's Ray head and is refused; the
     attempt's token is in no command line, no log and no file.
     """
-    if not stranger.can("-x", sys.executable) or not stranger.can("-r", sys.prefix):
-        pytest.skip(f"another user cannot execute {sys.executable}")
     with make_rig(tmp_path, run=public / "run", engine="ray", n=150) as rig:
         attempt = rig.prepare(ms=100).begin()
         (temp,) = rig.local.glob("hr-*")
-        address = (temp / "ray_current_cluster").read_text().strip()
-        right = ray_token(attempt.process.pid)
+        raylet = raylet_of(attempt.process.pid)
+        right = raylet.environ()["RAY_AUTH_TOKEN"]
+        flag = "--gcs-address="
+        (address,) = (w.removeprefix(flag) for w in raylet.cmdline() if w.startswith(flag))
         env = {"PATH": os.environ["PATH"], "HOME": str(public), "RAY_USAGE_STATS_ENABLED": "0"}
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
         env |= {} if token else {"RAY_AUTH_MODE": "disabled"}
-        told = stranger.call(sys.executable, "-P", "-c", STRANGER_TO_RAY, address, env=env)
+        told = stranger.python("-c", STRANGER_TO_RAY, address, env=env)
         assert "let in" not in told.stdout, told
         assert "refused" in told.stdout or 0 != told.returncode, told
         assert [] == holders(right, rig.run, rig.local)
@@ -253,9 +253,7 @@ def test_row_ray(public: Path, tmp_path: Path, stranger: Stranger, token: str) -
         rig.verdict(executions=1)
 
 
-def ray_token(supervisor: int) -> str:
-    """Return the token that Ray's processes of an attempt were given."""
-    for process in psutil.Process(supervisor).children(recursive=True):
-        if process.name() == "raylet":
-            return process.environ()["RAY_AUTH_TOKEN"]
-    raise AssertionError("no raylet")
+def raylet_of(supervisor: int) -> psutil.Process:
+    """Return the raylet of an attempt."""
+    found = psutil.Process(supervisor).children(recursive=True)
+    return next(process for process in found if process.name() == "raylet")

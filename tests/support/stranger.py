@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,23 @@ class Stranger:
             timeout=timeout_s,
             check=False,
             **popen,
+        )
+
+    def python(self, *arguments: Any, env: dict[str, str]) -> Any:
+        """Run this interpreter as this user, also where it lies in somebody's home."""
+        capability = "+dac_read_search"
+        return subprocess.run(
+            [
+                *("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"),
+                *(f"--inh-caps={capability}", f"--ambient-caps={capability}"),
+                *(sys.executable, "-P", *map(str, arguments)),
+            ],
+            env=env,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     def can(self, test: str, path: Any) -> bool:
