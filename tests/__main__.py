@@ -18,11 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
-PYTEST_STEPS = ("unit", "property", "simulation", "site", "integration", "e2e")
+PYTEST_STEPS = ("unit", "property", "simulation", "site", "integration", "e2e", "faults")
 # pytest's last line: what passed, failed and was skipped.
 PYTEST_ENDS = re.compile(r"^=+ (?P<counts>.*\bin \d[\d.]*s.*?) =+$")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NONE_COLLECTED = 5
+OUTCOMES, MATRIX = ROOT / ".test-outcomes", ROOT / "fault-matrix.md"
+"""How every test of this run ended, and the rows of the fault matrix with their results."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,15 @@ def _steps(*, install: bool) -> list[Step]:
         Step("format", lambda: _tool("ruff", "format", "--check", *PACKAGE)),
         Step("mypy", lambda: _tool("mypy")),
     ]
-    return first + checks + [Step(name, _pytest(name)) for name in PYTEST_STEPS]
+    tests = [Step(name, _pytest(name)) for name in PYTEST_STEPS]
+    return [*first, *checks, *tests, Step("matrix", _matrix)]
 
 
 def _set_environment(*, tier: str, require_slurm: bool) -> None:
     os.environ["HPCRESUME_TEST_TIER"] = tier
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ["HPCRESUME_TEST_RESULTS"] = str(OUTCOMES)
+    OUTCOMES.unlink(missing_ok=True)
     if require_slurm:
         # A test that needs Slurm then fails where it would have skipped.
         os.environ["HPCRESUME_TEST_REQUIRE_SLURM"] = "1"
@@ -153,6 +158,18 @@ def _pytest(name: str) -> Callable[[], Ending]:
         return Ending(process.returncode, closing)
 
     return run
+
+
+def _matrix() -> Ending:
+    """Write each row of the fault matrix with how its tests ended in this run."""
+    from tests.faults.matrix import read_outcomes, results_table
+
+    table = results_table(read_outcomes(OUTCOMES))
+    MATRIX.write_text(table, encoding="utf-8")
+    print(table, end="")
+    words = {word: table.count(f"| {word}") for word in ("passed", "FAILED", "not run")}
+    closing = ", ".join(f"{count} rows {word}" for word, count in words.items() if count)
+    return Ending(int(words["FAILED"] > 0), f"{closing}: {MATRIX.name}")
 
 
 def _show(lines: Iterable[str]) -> str:
