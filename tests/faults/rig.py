@@ -162,7 +162,8 @@ class Rig:
         plan_round(
             prepared.run,
             prepared.manifest,
-            settle(prepared.run, prepared.manifest, ready.resolved.settings, by_hand=True),
+            settle(prepared.run, prepared.manifest, ready.resolved.settings),
+            after=None,
             settings=ready.resolved.settings,
             code=prepared.code,
             launch=ready.launch,
