@@ -72,10 +72,11 @@ def test_row_7_driver_stopped(rig: Rig) -> None:
 )
 def test_row_publisher(rig: Rig, step: str) -> None:
     """
-    Every publisher dies at the same step of its second publication: another takes over,
+    Every publisher dies at the same step of its third publication: another takes over,
     and the attempt ends as if none had.
     """
-    attempt = rig.prepare().start(env=armed(f"segment.{step}=kill:2"))
+    rig.n = 120
+    attempt = rig.prepare().start(env=armed(f"segment.{step}=kill:3"))
 
     assert 0 == attempt.wait()
 
