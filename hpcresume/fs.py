@@ -30,6 +30,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +40,8 @@ from hpcresume.failpoints import failpoint
 
 READ_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+SHARED_MODE = 0o2750
+"""Mode of a directory that a group may read, and everything published below it."""
 
 
 class WriteHandle(Protocol):
@@ -111,9 +114,12 @@ class PosixFileSystem:
     """The file system of this machine."""
 
     def create(self, path: str) -> WriteHandle:
-        """Create a file that must not exist, mode 0600."""
+        """Create a file that must not exist, mode 0600, or 0640 in a shared directory."""
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        return _PosixHandle(os.open(path, flags, 0o600))
+        fd = os.open(path, flags, 0o600)
+        if _is_shared(os.path.dirname(path)):
+            os.fchmod(fd, 0o640)
+        return _PosixHandle(fd)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
@@ -144,8 +150,10 @@ class PosixFileSystem:
         os.unlink(path)
 
     def mkdir(self, path: str) -> None:
-        """Create a directory that must not exist, mode 0700."""
+        """Create a directory that must not exist, mode 0700, or as its parent where shared."""
         os.mkdir(path, 0o700)
+        if _is_shared(os.path.dirname(path)):
+            os.chmod(path, SHARED_MODE)
 
     def listdir(self, path: str) -> list[str]:
         """Return the names in a directory."""
@@ -175,6 +183,10 @@ class PosixFileSystem:
         """Ask that the next read comes from storage."""
         with contextlib.suppress(OSError), open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _is_shared(directory: str) -> bool:
+    return stat.S_IMODE(os.stat(directory or ".").st_mode) == SHARED_MODE
 
 
 POSIX = PosixFileSystem()

@@ -33,9 +33,11 @@ PYTEST_STEPS = {
     "site": ["tests/site"],
     "integration": ["tests/integration"],
     "e2e": ["tests/e2e"],
+    "faults": ["tests/faults"],
     "slurm": ["tests/e2e", "-m", "slurm"],
 }
-DEFAULT_STEPS = ("ruff", "format", "mypy", *(name for name in PYTEST_STEPS if name != "slurm"))
+PYTEST_DEFAULT = [name for name in PYTEST_STEPS if name != "slurm"]
+DEFAULT_STEPS = ("ruff", "format", "mypy", *PYTEST_DEFAULT, "matrix")
 # What may differ with the versions of Slurm and Python.
 RELEASE_STEPS = ("unit", "property", "slurm")
 # The other releases of the tier "all", and the options with which they are run.
@@ -47,6 +49,8 @@ ENDS = re.compile(r"^(?P<counts>\d+ steps in .*)$")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NONE_COLLECTED = 5
 EX_USAGE = 2
+OUTCOMES, MATRIX = ROOT / ".test-outcomes", ROOT / "fault-matrix.md"
+"""How every test of this run ended, and the rows of the fault matrix with their results."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +155,16 @@ def _checks() -> dict[str, Callable[[], Ending]]:
         "format": lambda: _tool("ruff", "format", "--check", *PACKAGE),
         "mypy": lambda: _tool("mypy"),
         **{name: _pytest(arguments) for name, arguments in PYTEST_STEPS.items()},
+        "matrix": _matrix,
     }
 
 
 def _set_environment(options: argparse.Namespace) -> None:
     os.environ["HPCRESUME_TEST_TIER"] = options.tier
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ["HPCRESUME_TEST_RESULTS"] = str(OUTCOMES)
+    if "matrix" in (options.only or DEFAULT_STEPS):
+        OUTCOMES.unlink(missing_ok=True)
     if options.user:
         os.environ["HPCRESUME_TEST_USER"] = options.user
     if options.install or options.release or os.environ.get("CI"):
@@ -218,6 +226,18 @@ def _pytest(arguments: list[str]) -> Callable[[], Ending]:
         return ending
 
     return run
+
+
+def _matrix() -> Ending:
+    """Write each row of the fault matrix with how its tests ended in this run."""
+    from tests.faults.matrix import read_outcomes, results_table
+
+    table = results_table(read_outcomes(OUTCOMES))
+    MATRIX.write_text(table, encoding="utf-8")
+    print(table, end="")
+    words = {word: table.count(f"| {word}") for word in ("passed", "FAILED", "not run")}
+    closing = ", ".join(f"{count} rows {word}" for word, count in words.items() if count)
+    return Ending(int(words["FAILED"] > 0), f"{closing}: {MATRIX.name}")
 
 
 def _shown(command: list[str], ends: re.Pattern[str]) -> Ending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -16,6 +17,15 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name.startswith(_FOREIGN) and not name.startswith(_OURS):
             del os.environ[name]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Record how each test ended where the run is to report it by row of the fault matrix."""
+    path = os.environ.get("HPCRESUME_TEST_RESULTS")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        line = json.dumps({"id": report.nodeid, "outcome": report.outcome})
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -115,6 +115,7 @@ def make_submission(target: str, sbatch_options: tuple[str, ...], given: Mapping
         array=array,
         throttle=throttle,
         accept_changes=given.get("accept_changes", False),
+        shared_group=given.get("shared_group") or "",
         retry_quarantined=given.get("retry_quarantined", False),
     )
 
@@ -167,6 +168,7 @@ def _flags(given: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, dict[s
 )
 @click.option("--wait", is_flag=True, help="On Slurm, wait for the run's end.")
 @click.option("--retry-quarantined", is_flag=True, help="Try quarantined sources again.")
+@click.option("--shared-group", metavar="GROUP", help="Let a group read the new run.")
 @click.option("--accept-changes", is_flag=True, help="Take changes that would be refused.")
 @click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
 @json_option

@@ -40,7 +40,6 @@ OptionName = Annotated[
     Meta(pattern=r"^[a-z][a-z0-9-]*$", description="an sbatch option's name without its dashes"),
 ]
 Factor = Annotated[float, Meta(ge=1, le=16, description="a factor, 1 to 16")]
-Mode = Annotated[str, Meta(pattern=r"^0?7[0-7]{2}$", description="an octal mode such as 0700")]
 
 
 class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -135,7 +134,6 @@ class SiteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     node_local: list[str]
     python: str
     setup: list[str]
-    run_dir_mode: Mode
     kill_wait_s: WholeSeconds
     requeue: bool
 

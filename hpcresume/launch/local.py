@@ -136,7 +136,8 @@ class LocalRound:
 
     def _open_log(self, task: int) -> IO[bytes]:
         path = self.run.logs_path(self.round, f"task-{task:05d}.log")
-        return open(path, "ab", buffering=0)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return os.fdopen(fd, "ab", buffering=0)
 
     def _listen(self, selector: selectors.BaseSelector) -> None:
         for key, _ in selector.select(_TICK_S):

@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ import msgspec
 from pyroaring import BitMap
 
 from hpcresume.errors import ChangedRunError, HpcResumeError, RunDirError, SharedStorageError
-from hpcresume.fs import POSIX
+from hpcresume.fs import POSIX, SHARED_MODE
 from hpcresume.ids import new_run_id
 from hpcresume.pipeline.load import (
     SNAPSHOT_FILE,
@@ -44,6 +45,7 @@ from hpcresume.run.directory import (
     fingerprint_changes,
     is_foreign,
     probe_writable,
+    share_with_group,
 )
 from hpcresume.run.manifest import (
     Listing,
@@ -84,6 +86,7 @@ def prepare(
     run_dir: Path | None,
     cwd: Path,
     accept_changes: bool = False,
+    shared_group: str = "",
 ) -> Prepared:
     """Create a run, or open it and take what has changed.
 
@@ -93,6 +96,7 @@ def prepare(
         run_dir: The run directory; None: ``runs/<name>-<parameter digest>`` below ``cwd``.
         cwd: The user's working directory.
         accept_changes: Take changes that would otherwise be refused.
+        shared_group: Group that may read the run; only where it is created.
 
     Raises:
         PipelineError, NotResumableError, SourcesError: The pipeline cannot run as it is.
@@ -108,8 +112,14 @@ def prepare(
         run_dir = cwd / "runs" / f"{loaded.pipeline.name}-{parameter_digest(loaded.params)}"
     run_dir = (cwd / run_dir).absolute()
     if (run_dir / "run.json").exists():
+        if shared_group and stat.S_IMODE(run_dir.stat().st_mode) != SHARED_MODE:
+            raise RunDirError(
+                f"{run_dir} was created for you alone. What it holds keeps the modes it has. "
+                "Leave --shared-group out, or submit to a new --run-dir.",
+                path=str(run_dir),
+            )
         return _resubmit(run_dir, loaded, accept_changes=accept_changes)
-    return _create(run_dir, loaded, target)
+    return _create(run_dir, loaded, target, shared_group)
 
 
 def _continue(path: Path) -> Prepared:
@@ -138,7 +148,7 @@ def fingerprint(pipeline: Pipeline, params: Mapping[str, Any]) -> dict[str, Any]
     return described
 
 
-def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
+def _create(path: Path, loaded: LoadedPipeline, target: str, shared_group: str) -> Prepared:
     info = RunInfo(
         format=FORMAT_VERSION,
         run_id=new_run_id(),
@@ -155,7 +165,7 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
             path=str(path),
         )
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_directory(path, mode=0o700)
     except OSError as error:
         raise RunDirError(
             f"cannot create the run directory {path}: {error.strerror}. "
@@ -163,6 +173,8 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
             path=str(path),
         ) from error
     check_owner(path)
+    if shared_group:
+        share_with_group(path, shared_group)
     probe_writable(str(path))
     run = RunDir.create(str(path), info)
     try:
@@ -173,6 +185,13 @@ def _create(path: Path, loaded: LoadedPipeline, target: str) -> Prepared:
         if run.run_id == info.run_id and not run.rounds():
             shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _make_directory(path: Path, *, mode: int) -> None:
+    """Create a directory and the missing ones above it, which nobody else may write."""
+    if not path.parent.exists():
+        _make_directory(path.parent, mode=0o755)
+    path.mkdir(mode=mode, exist_ok=True)
 
 
 def _fill(run: RunDir, loaded: LoadedPipeline) -> Prepared:

@@ -95,7 +95,6 @@ def render_array(job: ArrayJob, resolved: Resolved) -> str:
             and nothing sets, or a template that asks for something unknown.
     """
     directives = array_directives(job, resolved)
-    private = int(resolved.settings.site.run_dir_mode, 8) & 0o022 == 0
     request = _request(job, resolved)
     values = {
         "index": job.index,
@@ -111,7 +110,6 @@ def render_array(job: ArrayJob, resolved: Resolved) -> str:
         job=values,
         directives=directives,
         environment=job.environment,
-        run_dir_is_private=private,
         backoff_s=resolved.settings.task.backoff_s,
         pickle_name=PICKLE_NAME,
     )

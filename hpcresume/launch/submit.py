@@ -53,6 +53,7 @@ class Submission:
         array: Most array tasks, None: as the last time, or 1.
         throttle: Most array tasks at once, 0: all.
         accept_changes: Take changes that would be refused.
+        shared_group: Group that may read the run; only where it is created.
         retry_quarantined: Try quarantined sources again.
         cwd: The user's working directory.
     """
@@ -66,6 +67,7 @@ class Submission:
     array: int | None = None
     throttle: int = 0
     accept_changes: bool = False
+    shared_group: str = ""
     retry_quarantined: bool = False
     cwd: Path = field(default_factory=Path.cwd)
 
@@ -97,6 +99,7 @@ def make_ready(submission: Submission) -> Ready:
         run_dir=submission.run_dir,
         cwd=submission.cwd,
         accept_changes=submission.accept_changes,
+        shared_group=submission.shared_group,
     )
     last = newest_plan(prepared.run)
     array = submission.array or (last.footer.launch.array if last else 1)

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpcresume.errors import InternalError, LocalStorageError
-from hpcresume.fs import POSIX, FileSystem, Receipt, ensure_directory, publish
+from hpcresume.fs import POSIX, FileSystem, Receipt, publish
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
 from hpcresume.ledger.store import InFlight, Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
@@ -141,7 +141,7 @@ def publish_pending(
             failures.extend(commit.failures)
             covered = sequence
 
-    ensure_directory(run.fs, run.attempt_path(ref))
+    run.ensure(run.attempt_path(ref))
     name = f"seg-{seq:06d}-{secrets.token_hex(8)}"
     receipt = publish(
         run.fs,
@@ -228,7 +228,7 @@ def _publish_files(run: RunDir, ref: AttemptRef, frame: bytes, outputs_root: str
         for path, name in entries:
             local = output_path(outputs_root, source_id, path, name)
             target = output_path(run.attempt_path(ref, "files"), source_id, path, name)
-            ensure_directory(run.fs, os.path.dirname(target))
+            run.ensure(os.path.dirname(target))
             if not (run.fs.exists(target) and not os.path.exists(local)):
                 _publish_file(run.fs, local, target)
 

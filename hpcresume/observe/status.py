@@ -162,6 +162,7 @@ class _Round:
     attempts: list[_Attempt]
     waiting: bool = False
     unmerged: bool = False
+    held: list[slurm.QueueEntry] = field(default_factory=list)
 
     @property
     def live(self) -> list[_Attempt]:
@@ -256,6 +257,7 @@ def _look_for_life(run: RunDir, newest: _Round, *, ask_slurm: bool) -> str:
         in_doubt = bool(queue.unasked and (newest.number or newest.jobs or newest.attempts))
         newest.waiting = bool(in_doubt or queue.tasks or queue.merges or queue.planners)
         newest.unmerged = bool(newest.merges_itself and queue.tasks and not queue.merges)
+        newest.held = [entry for entry in queue.tasks if "held" in (entry.reason or "").lower()]
         return queue.unasked
     unseen = {a.info.host for a in newest.attempts if a.alive is None and a.info is not None}
     drives = [submitter_runs(job) for job in newest.jobs]
@@ -340,6 +342,8 @@ def _unfinished(run: RunDir, newest: _Round, sources: SourceCounts) -> tuple[str
         note = next((a.footer.progress.note for a in newest.live if a.footer), "")
         return "running", unmerged if newest.unmerged else note
     if newest.waiting:
+        if newest.held:
+            return "waiting", _held(newest.held)
         if newest.unmerged:
             return "waiting", unmerged
         if newest.attempts:
@@ -351,6 +355,15 @@ def _unfinished(run: RunDir, newest: _Round, sources: SourceCounts) -> tuple[str
     if sources.remaining == 0:
         return "interrupted", f"all its sources are settled, but nothing has ended it; {go_on}"
     return "interrupted", f"nothing of it runs and {sources.remaining} sources remain; {go_on}"
+
+
+def _held(entries: list[slurm.QueueEntry]) -> str:
+    job = entries[0].job_id
+    return (
+        f"{len(entries)} of its jobs are held ({entries[0].reason}), as Slurm does after a node's "
+        "prolog failed. They start only once they are released: find out why with "
+        f"`scontrol show job {job}`, then `scontrol release {job}`"
+    )
 
 
 def _command(newest: _Round) -> str:

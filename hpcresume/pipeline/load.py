@@ -455,10 +455,17 @@ def _snapshot_spec(directory: Path, manifest: Mapping[str, Any]) -> PipelineSpec
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_private(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def _make_private(path: Path) -> None:
+    if not path.exists():
+        _make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)

@@ -26,7 +26,9 @@ comes from a clock: epochs, generations and marks are numbered by exclusive crea
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
+import pwd
 import re
 import secrets
 import stat
@@ -40,6 +42,7 @@ import msgspec
 from hpcresume.errors import CorruptDataError, HpcResumeError, RunDirError, SharedStorageError
 from hpcresume.fs import (
     POSIX,
+    SHARED_MODE,
     TEMPORARY_PREFIX,
     FileSystem,
     Receipt,
@@ -390,7 +393,7 @@ class RunDir:
         """
         directory = self.task_path(round_, task)
         try:
-            ensure_directory(self.fs, directory)
+            self.ensure(directory)
             known = self.attempts(round_, task)
             epoch = known[-1].epoch + 1 if known else 1
             while True:
@@ -415,6 +418,20 @@ class RunDir:
         """Return the newest epoch of an attempt's array task that is visible here."""
         return max((a.epoch for a in self.attempts(ref.round, ref.task)), default=ref.epoch)
 
+    def ensure(self, path: str) -> None:
+        """Create a directory below the run's where it is missing, but never the run's own.
+
+        Raises:
+            SharedStorageError: The file system refused, or somebody removed the run.
+        """
+        if not self.fs.exists(self.join("run.json")):
+            raise SharedStorageError(
+                f"{self.path} is gone, or cannot be read. Nothing is written there, as nobody "
+                "would find it; local data is intact. Put it back, then submit it again.",
+                path=self.path,
+            )
+        ensure_directory(self.fs, path)
+
     def write_record(self, path: str, record: msgspec.Struct, *, label: str) -> Receipt:
         """Publish a small record under a new name as JSON.
 
@@ -422,7 +439,7 @@ class RunDir:
             FileExistsError: The name is taken.
             SharedStorageError: The file system refused.
         """
-        ensure_directory(self.fs, os.path.dirname(path))
+        self.ensure(os.path.dirname(path))
         data = msgspec.json.format(msgspec.json.encode(record)) + b"\n"
         return publish(self.fs, path, [data], label=label, exclusive=True)
 
@@ -547,10 +564,11 @@ def _publish_new(fs: FileSystem, path: str, data: bytes) -> None:
 
 
 def check_owner(path: str | Path) -> None:
-    """Refuse a run directory that another user owns or can write.
+    """Refuse a run directory that another user owns, can write, or could exchange.
 
     Raises:
-        RunDirError: It belongs to somebody else, or group or others may write it.
+        RunDirError: It belongs to somebody else, group or others may write it, or somebody
+            may put another directory in its place.
     """
     status = os.stat(path)
     if status.st_uid != os.geteuid():
@@ -565,6 +583,56 @@ def check_owner(path: str | Path) -> None:
             f"{path} can be written by other users. "
             "Code is loaded from a run directory, so they could run theirs as you. "
             f"Run: chmod go-w {path}",
+            path=str(path),
+        )
+    _check_above(os.path.realpath(path))
+
+
+def _check_above(path: str) -> None:
+    above = os.path.dirname(path)
+    status = os.stat(above)
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if _is_private_group(status):
+        writable &= ~stat.S_IWGRP
+    if status.st_uid in {os.geteuid(), 0} and (not writable or status.st_mode & stat.S_ISVTX):
+        return
+    raise RunDirError(
+        f"{above} can be written by other users. They could put another directory in the place "
+        f"of {path}, and code is loaded from a run directory. Use one below a directory of your "
+        f"own, or run: chmod go-w {above}",
+        path=path,
+    )
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Tell whether the group is its owner's own, by the custom of giving it the same name."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(status.st_uid).pw_name == grp.getgrgid(status.st_gid).gr_name
+    return False
+
+
+def share_with_group(path: str | Path, group: str) -> None:
+    """Let a group read what a new run directory will hold, and write nothing.
+
+    What is published in it takes its directory's group and permission to read.
+
+    Raises:
+        RunDirError: No such group, or not one of this user's.
+    """
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        os.chmod(path, SHARED_MODE)
+    except (KeyError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no such group"
+        raise RunDirError(
+            f"cannot give {path} to group {group!r}: {why}. "
+            "A run can be shared with a group that you are in. `id -Gn` lists them.",
+            path=str(path),
+        ) from error
+    if stat.S_IMODE(os.stat(path).st_mode) != SHARED_MODE:
+        raise RunDirError(
+            f"the file system of {path} does not pass a directory's group on to what is made in "
+            "it, so the group could not read results. Choose another --run-dir.",
             path=str(path),
         )
 

@@ -18,6 +18,8 @@ import psutil
 from hpcresume.task.messages import Channel
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_END_S = 1.0
+_ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ATTEMPT_VARIABLE = "HPCRESUME_ATTEMPT"
 """Set for every process of an attempt, so that what outlives it is found, by no name."""
 
@@ -46,11 +48,19 @@ def ignore_job_signals() -> None:
 
     SIGUSR2 stays ignored across exec, since under some process trackers it reaches Ray's
     own processes, which it would end.  The others are handled by doing nothing, so that a
-    program that a stage starts has their default again.
+    program that a stage starts, and a process that it forks, has their default again: a
+    multiprocessing pool ends its workers with SIGTERM and waits for them.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _ORDERS:
         signal.signal(number, do_nothing)
+    os.register_at_fork(after_in_child=_take_default_signals)
+
+
+def _take_default_signals() -> None:
+    for number in _ORDERS:
+        if signal.getsignal(number) is do_nothing:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def do_nothing(_number: int, _frame: FrameType | None) -> None:
@@ -76,7 +86,10 @@ class Child:
 
     def describe_end(self) -> str:
         """Return how it ended, for people."""
-        code = self.process.poll()
+        # Its pipe closes a moment before it can be waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=_END_S)
+        code = self.process.returncode
         if code is None:
             return "is still there"
         return f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"

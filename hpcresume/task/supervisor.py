@@ -546,17 +546,21 @@ class Supervisor:
     def _serve_publisher(self) -> None:
         for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
             self._hear_publisher(report)
-        schedule, now = self._schedule, time.monotonic()
+        now = time.monotonic()
+        self._check_publisher(now)
+        if self._schedule.is_due(self._state.report, now):
+            self._order_publication()
+        self._hold_if_at_risk(now)
+
+    def _check_publisher(self, now: float) -> None:
+        """Start another publisher where this one died or hangs."""
         if self._publisher.channel.closed:
             say(f"the publisher {self._publisher.describe_end()}; another one is started")
             self._replace_publisher()
-        elif schedule.is_hung(now):
+        elif self._schedule.is_hung(now):
             say("shared storage does not answer; the publisher is left behind")
             self._publisher.kill()
             self._replace_publisher()
-        if schedule.is_due(self._state.report, now):
-            self._order_publication()
-        self._hold_if_at_risk(now)
 
     def _replace_publisher(self) -> None:
         self._selector.unregister(self._publisher.channel.read_fd)
@@ -673,8 +677,7 @@ class Supervisor:
             self._wait(min(_TICK_S, max(0.01, schedule.retry_at - now)))
             for report in self._publisher.channel.receive(PUBLISHER_REPORTS):
                 self._hear_publisher(report)
-            if self._publisher.channel.closed:
-                self._replace_publisher()
+            self._check_publisher(now)
             self._heed_signals()
             if self._state.stop_kind is not None:
                 limit = max(begun, self._state.stop_deadline) + _MARGIN_S

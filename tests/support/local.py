@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def kill_family(pid: int) -> None:
     psutil.wait_procs(found, timeout=20)
 
 
-def flip(path: Path, offsets: Iterator[int] | range) -> None:
+def flip(path: Path, offsets: Iterable[int]) -> None:
     """Damage a file: invert the bytes at these offsets."""
     data = bytearray(path.read_bytes())
     for offset in offsets:

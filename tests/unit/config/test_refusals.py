@@ -25,7 +25,6 @@ from hpcresume.errors import ConfigError
         ("[request]\nmem = '4 GB'\n", r"request\.mem = '4 GB'.*as sbatch spells it"),
         ("[request]\nextra = ['-x']\n", r"request\.extra = \['-x'\].*long spelling"),
         ("[request]\naccount = 5\n", r"request\.account = 5 .*got `int`"),
-        ("[site]\nrun_dir_mode = '0600'\n", r"site\.run_dir_mode = '0600'.*octal mode"),
         ("[request\n", r"is not TOML"),
     ],
 )

@@ -197,15 +197,32 @@ def test_a_pickle_of_another_user_is_not_loaded(sbatch, job, tmp_path):
     assert "is owned by user 12345" in done.stderr
 
 
-def test_a_run_directory_for_a_group_keeps_its_pickles_private(sbatch, job, tmp_path):
-    """Where the site shares run directories, the folder with the pickle is still ours alone."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives directories away")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "status"),
+    [
+        (0, 0, 0o755, 0),
+        (0, 0, 0o775, 0),
+        (0, 12345, 0o1777, 0),
+        (0, 12345, 0o775, 16),
+        (0, 0, 0o757, 16),
+        (12345, 12345, 0o755, 16),
+    ],
+    ids=["closed", "private-group", "sticky", "group", "world", "owner"],
+)
+def test_a_run_directory_that_others_could_exchange_is_not_used(
+    sbatch, job, tmp_path, *, owner, group, mode, status
+):
+    """Who can write the directory above it could put another one in its place."""
     out = tmp_path / "out"
     submit_round(job, _resolved(), function=record, argument=str(out))
-    job.run_dir.chmod(0o770)
-    assert 16 == _element(job, tmp_path).returncode
-    shared = {"python": sys.executable, "run_dir_mode": "0770"}
-    submit_round(job, settings({"site": shared}), function=record, argument=str(out))
-    assert 0 == _element(job, tmp_path).returncode
+    above = job.run_dir.parent
+    above.chmod(mode)
+    os.chown(above, owner, group)
+    done = _element(job, tmp_path)
+    os.chown(above, 0, 0)
+    assert (status, status == 0) == (done.returncode, out.exists())
+    assert status == 0 or f"{above}, which holds {job.run_dir}, " in done.stderr
 
 
 def test_a_signal_to_the_batch_shell_does_not_cut_the_task_off(sbatch, job, tmp_path):

@@ -394,6 +394,21 @@ def test_of_two_arrays_the_one_that_owns_the_round_is_shown(tmp_path, monkeypatc
     assert "7" == read_status(made.run).rounds[0].job_id
 
 
+def test_held_jobs_are_named_with_the_remedy(tmp_path, monkeypatch):
+    """Jobs that Slurm holds wait for somebody: status says which, and how they go on."""
+
+    def queue(*, name, **_options):
+        reason = "launch failed requeued held"
+        return [slurm.QueueEntry("7", "7", 0, name.split(",")[0], "PENDING", reason, None)]
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    status = read_status(slurm_run(tmp_path).run)
+
+    assert "waiting" == status.state
+    assert "1 of its jobs are held (launch failed requeued held)" in status.reason
+    assert "scontrol release 7`" in status.reason
+
+
 def test_a_requeued_task_waits_although_its_attempt_died(tmp_path, monkeypatch):
     """An element that Slurm put back into the queue has died and the run waits."""
     answer(monkeypatch, (0, "PENDING"), MERGE)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import stat
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from hpcresume.errors import CorruptDataError, RunDirError, SharedStorageError
-from hpcresume.fs import TEMPORARY_PREFIX
+from hpcresume.fs import POSIX, TEMPORARY_PREFIX
 from hpcresume.run.directory import (
     TAG,
     Outcome,
@@ -18,6 +20,7 @@ from hpcresume.run.directory import (
     check_owner,
     fingerprint_changes,
     probe_writable,
+    share_with_group,
 )
 from tests.support.places import RUN_ID, Place, make_run, run_info, write_file
 from tests.support.simfs import ClientKilledError, SimFileSystem, SimServer
@@ -400,6 +403,54 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, -1)
     with pytest.raises(RunDirError, match="belongs to user 12345"):
         check_owner(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "refused"),
+    [
+        (0, 0, 0o775, False),
+        (0, 12345, 0o1777, False),
+        (0, 12345, 0o775, True),
+        (0, 0, 0o757, True),
+        (12345, 12345, 0o755, True),
+        (12345, 12345, 0o1777, True),
+    ],
+    ids=["private-group", "sticky", "group", "world", "owner", "owner-of-sticky"],
+)
+def test_a_directory_that_others_could_exchange_is_refused(
+    tmp_path: Path, owner: int, group: int, mode: int, refused: bool
+) -> None:
+    """Who can write the directory above could put another one in the place of the run's."""
+    above = tmp_path / "above"
+    run = above / "run"
+    run.mkdir(mode=0o700, parents=True)
+    above.chmod(mode)
+    os.chown(above, owner, group)
+    if not refused:
+        check_owner(run)
+        return
+    with pytest.raises(RunDirError, match="could put another directory"):
+        check_owner(run)
+
+
+def test_a_shared_run_directory_is_read_by_its_group(tmp_path: Path) -> None:
+    """What is published below it can be read by the group, and written by its owner alone."""
+    group = grp.getgrgid(os.getegid()).gr_name
+    run = make_run(POSIX, str(tmp_path / "alone"))
+    assert 0o600 == stat.S_IMODE(os.stat(run.join("run.json")).st_mode)
+    (tmp_path / "run").mkdir(mode=0o700)
+    share_with_group(tmp_path / "run", group)
+    run = make_run(POSIX, str(tmp_path / "run"))
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*")}
+    assert {0o640, 0o2750} == modes
+    check_owner(run.path)
+
+
+def test_no_such_group(tmp_path: Path) -> None:
+    """A group that does not exist is refused with how to list one's own."""
+    with pytest.raises(RunDirError, match=r"no such group.*id -Gn"):
+        share_with_group(tmp_path, "no-such-group")
 
 
 def test_a_writable_directory_is_judged_by_writing(tmp_path: Path) -> None:

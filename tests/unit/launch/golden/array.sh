@@ -40,6 +40,20 @@ refuse() {
 # identity mapping change owners: "ours" is whoever owns a file that this job makes there.
 copy=$(mktemp "$folder/.copy.XXXXXXXXXX") || refuse "$folder is not writable from $HOSTNAME"
 us=$(stat -L -c %u -- "$copy")
+# Who can write the directory above the run's could put another one in its place; a group that
+# has its owner's name is its owner's own.
+check_above() {
+    local owner mode user group
+    read -r owner mode user group < <(stat -L -c '%u %a %U %G' -- "$1")
+    [ "$owner" = "$us" ] || [ "$owner" = 0 ] || refuse "$1, which holds $run, is owned by user $owner"
+    case "$mode" in
+        [1357]???) return ;;
+        *[2367]?) [ "$user" = "$group" ] && [ "$user" != UNKNOWN ] || mode=2 ;;
+    esac
+    case "$mode" in
+        *[2367]) refuse "$1, which holds $run, can be written by other users: chmod go-w it" ;;
+    esac
+}
 check() {
     local owner mode
     read -r owner mode < <(stat -L -c '%u %a' -- "$1")
@@ -50,6 +64,7 @@ check() {
     esac
 }
 check "$run"
+check_above "$(dirname -- "$(readlink -f -- "$run")")"
 check "$folder"
 check "$pickle"
 if cmp -s -- "$pickle" "$mine"; then  # an earlier attempt of this element copied it
