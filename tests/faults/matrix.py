@@ -7,13 +7,14 @@ recorded there by a run of pytest with ``HPCRESUME_TEST_RESULTS=OUTCOMES``.
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 REGISTER = Path(__file__).with_name("matrix.toml")
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -67,10 +68,34 @@ def readme_table() -> str:
     for event in events:
         tests = [test for number in event["rows"] for test in by_number[number].tests]
         tests += event.get("tests", [])
-        files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        shown = ", ".join(f"`{file}`" for file in files)
+        files: dict[str, list[str]] = {}
+        for test in tests:
+            files.setdefault(test.partition("::")[0], []).append(test)
+        shown = ", ".join(_link(file, named) for file, named in files.items())
         lines.append(f"| {event['what']} | {event['left']} | {event['next']} | {shown} |")
     return "\n".join(lines) + "\n"
+
+
+def _link(file: str, tests: Sequence[str]) -> str:
+    name = Path(file).stem.removeprefix("test_")
+    tier = " (all)" if all(map(is_slow, tests)) else ""
+    return f"[{name}]({file}){tier}"
+
+
+def is_slow(test: str) -> bool:
+    """Tell whether every case of a test, named by its id, runs in the tier `all` only."""
+    file, _, name = test.partition("[")[0].partition("::")
+    tree = ast.parse((README.parent / file).read_text(encoding="utf-8"))
+    marks = [node.value for node in tree.body if _assigns(node, "pytestmark")]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            # A mark among the cases of a parametrization is of one case only.
+            marks += [one for one in node.decorator_list if not isinstance(one, ast.Call)]
+    return any("mark.slow" in ast.unparse(mark) for mark in marks)
+
+
+def _assigns(node: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
 
 
 def write_readme() -> None:
