@@ -24,6 +24,7 @@ from hpcresume.engine.pool import EngineDiedError
 
 log = logging.getLogger(__name__)
 
+INNER_NAME = "r"
 _WATCH_S = 0.5
 _STUCK_S = 5.0
 _DAEMONS = ("raylet", "gcs_server")
@@ -60,7 +61,8 @@ class RayHead:
             object_store_memory=max(_MIN_STORE_BYTES, store),
             _memory=max(_MIN_STORE_BYTES, resources.memory_bytes),
             include_dashboard=False,
-            _temp_dir=temp,
+            # Ray opens its directory to everybody; the one around it stays private.
+            _temp_dir=os.path.join(temp, INNER_NAME),
             logging_level="warning",
         )
         # ray.init installs a handler that exits, in place of the caller's.

@@ -21,8 +21,8 @@ from hpcresume.errors import LocalStorageError
 from hpcresume.ledger.local_disk import check_local
 from hpcresume.task.process import processes_of
 
-# <temp>/session_<26 characters>_<pid>/sockets/plasma_store must fit a socket's 107 bytes.
-MAX_RAY_TEMP_BYTES = 43
+# <temp>/r/session_<26 characters>_<pid>/sockets/plasma_store must fit a socket's 107 bytes.
+MAX_RAY_TEMP_BYTES = 41
 _PUT_TRIES = 100
 _LOCK, _RAY_TEMP, _NAME = "lock", "ray-temp", "attempt"
 

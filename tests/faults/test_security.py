@@ -234,9 +234,10 @@ def test_row_ray(public: Path, tmp_path: Path, stranger: Stranger, token: str) -
     Another user of the node finds the port of an attempt's Ray head and is refused; the
     attempt's token is in no command line, no log and no file.
     """
-    with make_rig(tmp_path, run=public / "run", engine="ray", n=150) as rig:
+    with make_rig(tmp_path, run=public / "run", engine="ray", n=400) as rig:
         attempt = rig.prepare(ms=100).begin()
         (temp,) = rig.local.glob("hr-*")
+        assert 0o700 == stat.S_IMODE(temp.stat().st_mode)
         raylet = raylet_of(attempt.process.pid)
         right = raylet.environ()["RAY_AUTH_TOKEN"]
         flag = "--gcs-address="
@@ -245,10 +246,10 @@ def test_row_ray(public: Path, tmp_path: Path, stranger: Stranger, token: str) -
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
         env |= {} if token else {"RAY_AUTH_MODE": "disabled"}
         told = stranger.python("-c", STRANGER_TO_RAY, address, env=env)
+        assert attempt.process.poll() is None
         assert "let in" not in told.stdout, told
         assert "refused" in told.stdout or 0 != told.returncode, told
         assert [] == holders(right, rig.run, rig.local)
-        assert stat.S_IMODE(temp.stat().st_mode) == 0o700
         assert 0 == attempt.wait(timeout_s=120)
         rig.verdict(executions=1)
 

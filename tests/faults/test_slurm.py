@@ -22,7 +22,11 @@ def break_prolog(broken: SlurmCluster) -> Path:
     with broken.conf.open("a", encoding="utf-8") as conf:
         conf.write(f"Prolog={script}\n")
     broken.run("scontrol", "reconfigure")
-    broken.wait_until(lambda: str(script) in broken.run("scontrol", "show", "config"), timeout_s=30)
+    broken.wait_until(
+        lambda: str(script) in broken.run("scontrol", "show", "config"),
+        timeout_s=30,
+        describe=broken.evidence,
+    )
     return flag
 
 

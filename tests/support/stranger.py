@@ -55,7 +55,7 @@ class Stranger:
         capability = "+dac_read_search"
         return subprocess.run(
             [
-                *("timeout", "--signal=KILL", "40"),
+                *("timeout", "--signal=KILL", "20"),
                 *("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"),
                 *(f"--inh-caps={capability}", f"--ambient-caps={capability}"),
                 *(sys.executable, "-P", *map(str, arguments)),
