@@ -26,15 +26,17 @@ from tests.support.cli import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
+# They mostly wait, for Slurm and for Ray; each process has clusters of its own.
+TWO_AT_ONCE = ["--numprocesses=2", "--dist=worksteal"]
 PYTEST_STEPS = {
     "unit": ["tests/unit"],
     "property": ["tests/property"],
     "simulation": ["tests/simulation"],
     "site": ["tests/site"],
     "integration": ["tests/integration"],
-    "e2e": ["tests/e2e"],
-    "faults": ["tests/faults"],
-    "slurm": ["tests/e2e", "-m", "slurm"],
+    "e2e": ["tests/e2e", *TWO_AT_ONCE],
+    "faults": ["tests/faults", *TWO_AT_ONCE],
+    "slurm": ["tests/e2e", "-m", "slurm", *TWO_AT_ONCE],
 }
 PYTEST_DEFAULT = [name for name in PYTEST_STEPS if name != "slurm"]
 DEFAULT_STEPS = ("ruff", "format", "mypy", *PYTEST_DEFAULT, "matrix")

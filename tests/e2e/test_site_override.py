@@ -147,7 +147,8 @@ def test_signals_reach_python_in_a_container(slurm_cluster: SlurmCluster, event:
     wait_until(contained.outcomes, timeout_s=60, describe=lambda: logs_of(contained.run))
 
     first = contained.outcomes()[0]
-    assert ("saved", "terminated") == (first["state"], first["kind"])
+    kind = "preempted" if event == "preemption" else "cancelled"
+    assert ("saved", kind) == (first["state"], first["kind"])
     assert 0 < int(str(first["completed"])) < 200
     status = contained.command.wait_ended(contained.run)
     assert ("complete" if event == "preemption" else "stopped") == status["state"]
