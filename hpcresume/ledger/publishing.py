@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpcresume.errors import InternalError, LocalStorageError
-from hpcresume.fs import POSIX, FileSystem, Receipt, publish
+from hpcresume.fs import POSIX, FileSystem, Receipt, publish, storage_errors
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
 from hpcresume.ledger.store import InFlight, Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
@@ -229,7 +229,9 @@ def _publish_files(run: RunDir, ref: AttemptRef, frame: bytes, outputs_root: str
             local = output_path(outputs_root, source_id, path, name)
             target = output_path(run.attempt_path(ref, "files"), source_id, path, name)
             run.ensure(os.path.dirname(target))
-            if not (run.fs.exists(target) and not os.path.exists(local)):
+            with storage_errors("look for", target):
+                published = run.fs.exists(target)
+            if not published or os.path.exists(local):
                 _publish_file(run.fs, local, target)
 
 

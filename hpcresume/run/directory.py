@@ -424,7 +424,7 @@ class RunDir:
         Raises:
             SharedStorageError: The file system refused, or somebody removed the run.
         """
-        if not self.fs.exists(self.join("run.json")):
+        if not self._exists(self.join("run.json")):
             raise SharedStorageError(
                 f"{self.path} is gone, or cannot be read. Nothing is written there, as nobody "
                 "would find it; local data is intact. Put it back, then submit it again.",

@@ -17,6 +17,7 @@ from pyroaring import BitMap
 from hpcresume.engine.admission import _halves
 from hpcresume.ids import ROOT, ItemPath, child
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
+from hpcresume.ledger.publishing import Death
 from hpcresume.ledger.store import Batch, InFlight, Ledger, LedgerIdentity
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, Outcome, RunDir
@@ -197,7 +198,8 @@ class Attempt:
     def _order_publication(self, *, driver_died: bool = False) -> None:
         self._seq += 1
         most = self._chance.choice((1, 200, 1 << 30))
-        self._asked = Publish(self._receipt, self._seq, most, driver_died)
+        death = Death() if driver_died else None
+        self._asked = Publish(self._receipt, self._seq, most, driver_died, death)
         self._publisher.orders.append(self._asked)
 
     def _hear(self, report: PublisherReport) -> None:
@@ -407,8 +409,8 @@ class Attempt:
 def _spec(path: str, ref: AttemptRef, max_attempts: int) -> AttemptSpec:
     return AttemptSpec(
         run=RUN, round=ref.round, task=ref.task, epoch=ref.epoch, local=path, ray_temp="",
-        code=1, cpus=1, gpus=0, memory_bytes=0, engine="inline", workers=0,
-        max_attempts=max_attempts, chunk_target_s=1, chunk_max=1,
+        code=1, cpus=1, gpus=0, memory_bytes=0, memory_mib=0, memory_limit="",
+        engine="inline", workers=0, max_attempts=max_attempts, chunk_target_s=1, chunk_max=1,
     )  # fmt: skip
 
 
