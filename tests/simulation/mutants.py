@@ -130,7 +130,7 @@ PUBLISH = [
     Mutant("no fsync of the file", _FS,
            "            handle.sync()\n            failpoint", "            failpoint"),
     Mutant("no fsync of the directory", _FS,
-           "            fs.sync_directory(directory)\n", "            pass\n"),
+           "            fs.sync_directory(directory)\n", "            pass\n", seeds=6000),
     Mutant("one file for all segments", _PUBLISHING,
            'name = f"seg-{seq:06d}-{secrets.token_hex(8)}"', 'name = "seg-000001-" + "0" * 16'),
     Mutant("a receipt despite an error", _PUBLISHER,

@@ -279,7 +279,10 @@ class Simulation:
             paths += self.oracle.plans
         if paths:
             path = self.chance.choice(paths)
-            size = len(self.world.server.file(path).volatile)
+            try:
+                size = len(self.world.server.file(path).volatile)
+            except FileNotFoundError:  # lost by a restart: the oracle has judged that
+                return
             self.world.server.rot(path, self.chance.randrange(size), 1 << self.chance.randrange(8))
             self.oracle.rotted(path)
 
