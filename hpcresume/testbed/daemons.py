@@ -105,10 +105,18 @@ def _limit_submits(jobs: int, *, conf: Path) -> None:
         slurm.change_accounting(words, conf=conf)
 
 
-def start_slurmctld(state: State, layout: Layout) -> Daemon:
-    """Start the controller; :func:`await_slurmctld` waits for it."""
+def start_slurmctld(state: State, layout: Layout, *, again: bool = False) -> Daemon:
+    """Start the controller; :func:`await_slurmctld` waits for it.
+
+    Args:
+        state: The testbed.
+        layout: Its files.
+        again: After a kill: files that it had not yet saved are no reason to give up.
+    """
     layout.save.mkdir(exist_ok=True)
-    return _start(state, layout, "slurmctld", ["slurmctld", "-D", "-f", str(layout.conf)])
+    lenient = ["-i"] if again else []
+    command = ["slurmctld", "-D", *lenient, "-f", str(layout.conf)]
+    return _start(state, layout, "slurmctld", command)
 
 
 def await_slurmctld(daemon: Daemon, layout: Layout) -> None:

@@ -250,7 +250,7 @@ def restore_controller(directory: Path) -> None:
         daemon = _daemon(state, _CONTROLLER)
         if daemon is not None and processes.alive(daemon):
             raise TestbedError("slurmctld is running")
-        daemons.await_slurmctld(daemons.start_slurmctld(state, layout), layout)
+        daemons.await_slurmctld(daemons.start_slurmctld(state, layout, again=True), layout)
 
 
 def _signal_controller(directory: Path, number: signal.Signals) -> None:
