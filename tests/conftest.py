@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -13,10 +14,13 @@ _OURS = "HPCRESUME_TEST_"
 
 
 def pytest_configure() -> None:
-    """Drop what the surrounding shell says about Slurm, Ray and hpcresume."""
+    """Drop what the surrounding shell says about Slurm, Ray, hpcresume and Ctrl-C."""
     for name in list(os.environ):
         if name.startswith(_FOREIGN) and not name.startswith(_OURS):
             del os.environ[name]
+    # A shell lets what it runs in the background ignore Ctrl-C, and children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

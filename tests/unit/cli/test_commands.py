@@ -233,8 +233,6 @@ def test_following_prints_what_is_appended(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        # Where the tests run in the background of a shell, it would be ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     first = process.stdout.readline()
     with log.open("a") as file:
