@@ -352,12 +352,14 @@ def plan_round(
     while is_damaged(run, number):
         number = RoundIndex(number + 1)
     weight_of = None if manifest.uniform else (lambda index: manifest.entry(index).weight)
-    needed = tasks_needed(run, standing, weight_of, min_task_s=settings.run.min_task_s)
+    per_weight_s = seconds_per_weight(run, standing, weight_of)
+    needed = tasks_needed(standing, weight_of, per_weight_s, min_task_s=settings.run.min_task_s)
+    slow = {i: s / per_weight_s for i, s in slow_sources(standing).items()} if per_weight_s else {}
     most = min(launch.array, at_most, needed or at_most)
     union = standing.union
     arrays, dealt = [], list[BitMap]()
     for demand, tasks in share_tasks(standing, settings.site, launch, ladder, most=most):
-        blocks = deal(demand.sources, tasks, weight_of)
+        blocks = deal(demand.sources, tasks, weight_of, slow)
         arrays.append(ArrayPlan(len(dealt), len(blocks), demand.memory_mib, demand.limit))
         dealt += blocks
     shards = make_shards(dealt, union.attempts(), union.open_suspects(), union.interrupted())
@@ -377,31 +379,19 @@ def plan_round(
     return number
 
 
-def tasks_needed(
-    run: RunDir,
-    standing: Standing,
-    weight_of: Callable[[int], float] | None,
-    *,
-    min_task_s: float,
-) -> int | None:
-    """Return how many array tasks the remainder keeps busy, as far as has been measured.
+def seconds_per_weight(
+    run: RunDir, standing: Standing, weight_of: Callable[[int], float] | None
+) -> float | None:
+    """Return what a source of weight 1 was measured to take, None where nothing is known.
 
-    An array task costs a place in the queue and the start of Ray, so a few quick sources are
-    not worth one each.  What a source takes is told by the newest round that completed any:
-    the remainder of a run may be other than what came first.  One that a time limit has
-    interrupted takes longer than it ran until then.
+    The newest round that completed any tells: the remainder of a run may be other than what
+    came first.
 
     Args:
         run: The run.
         standing: How it stands.
         weight_of: Expected cost of a source; None where all cost the same.
-        min_task_s: Seconds of work that are worth an array task; 0: any are.
-
-    Returns:
-        None where nothing is known of the cost.
     """
-    if not min_task_s:
-        return None
     for round_ in reversed(run.rounds()):
         progress = [
             footer.progress
@@ -414,16 +404,43 @@ def tasks_needed(
             continue
         won = (won for (writer, _), won in standing.union.won.items() if writer.round == round_)
         done = _mean_weight(bitmaps.union(won), weight_of)
-        if done <= 0:
-            return None
-        per_weight_s = sum(one.elapsed_s for one in progress) / completed / done
-        ran = standing.union.interrupted()
-        slow = BitMap(ran) & standing.remainder
-        quick = standing.remainder - slow
-        quick_s = len(quick) * _mean_weight(quick, weight_of) * per_weight_s
-        slow_s = sum(NEEDS_LONGER * ran[source] for source in slow)
-        return max(1, math.ceil((quick_s + slow_s) / min_task_s))
+        return sum(one.elapsed_s for one in progress) / completed / done if done > 0 else None
     return None
+
+
+def slow_sources(standing: Standing) -> dict[int, float]:
+    """Return the seconds that sources take at least which a time limit has interrupted."""
+    ran = standing.union.interrupted()
+    return {i: NEEDS_LONGER * ran[i] for i in BitMap(ran) & standing.remainder}
+
+
+def tasks_needed(
+    standing: Standing,
+    weight_of: Callable[[int], float] | None,
+    per_weight_s: float | None,
+    *,
+    min_task_s: float,
+) -> int | None:
+    """Return how many array tasks the remainder keeps busy, as far as has been measured.
+
+    An array task costs a place in the queue and the start of Ray, so a few quick sources are
+    not worth one each.
+
+    Args:
+        standing: How the run stands.
+        weight_of: Expected cost of a source; None where all cost the same.
+        per_weight_s: Seconds that a source of weight 1 takes, None if unknown.
+        min_task_s: Seconds of work that are worth an array task; 0: any are.
+
+    Returns:
+        None where nothing is known of the cost.
+    """
+    if not min_task_s or per_weight_s is None:
+        return None
+    slow = slow_sources(standing)
+    quick = standing.remainder - BitMap(slow)
+    quick_s = len(quick) * _mean_weight(quick, weight_of) * per_weight_s
+    return max(1, math.ceil((quick_s + sum(slow.values())) / min_task_s))
 
 
 def _mean_weight(sources: BitMap, weight_of: Callable[[int], float] | None) -> float:

@@ -5,13 +5,17 @@ their own.  Tasks are numbered through the round, so an array's indexes are its 
 
 Shards are contiguous blocks of the sorted remainder of about equal cost, so a shard's bitmap
 is a few runs and an array task reads its own blocks of the manifest only.  Below 10,000
-sources of known cost they are dealt longest first instead.
+sources of known cost they are dealt longest first instead, and so are, of more, the few that
+were seen to take long.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
+import itertools
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -139,9 +143,9 @@ class Plan:
         Raises:
             IndexError: The round has no such task.
         """
-        for array in self.arrays:
-            if array.first <= task < array.first + array.tasks:
-                return array
+        for one in self.arrays:
+            if one.first <= task < one.first + one.tasks:
+                return one
         raise IndexError(f"round {self.footer.round} has no task {task}")
 
     def shard(self, task: int) -> Shard:
@@ -228,23 +232,38 @@ def newest_plan(run: RunDir) -> Plan | None:
 
 
 def deal(
-    remainder: BitMap, shards: int, weight_of: Callable[[int], float] | None = None
+    remainder: BitMap,
+    shards: int,
+    weight_of: Callable[[int], float] | None = None,
+    measured: Mapping[int, float] | None = None,
 ) -> list[BitMap]:
-    """Deal a remainder over at most ``shards`` shards, none of them empty.
+    """Deal a remainder over at most ``shards`` shards of equal cost, none of them empty.
+
+    Up to a number of sources the longest go first, each to the least loaded shard.  Above it
+    only those that are known to be slow do, and the others fill the shards up in contiguous
+    blocks.
 
     Args:
         remainder: The sources to deal.
         shards: The most shards wanted, at least 1.
-        weight_of: Expected cost of a source; None where all cost the same.
+        weight_of: Expected cost of a source; None where all cost the same, which is 1.
+        measured: Cost of the sources that have been seen to take long, in the same unit.
     """
     shards = min(shards, len(remainder))
     if shards == 0:
         return []
-    if weight_of is None:
-        return _equal_blocks(remainder, shards)
+    slow = {index: cost for index, cost in (measured or {}).items() if index in remainder}
+    if weight_of is None and not slow:
+        return _blocks(remainder, [1.0] * shards)
+    weight_of = weight_of or (lambda _: 1.0)
     if len(remainder) < DEAL_BY_COST_BELOW:
-        return _longest_first(remainder, shards, weight_of)
-    return _weighted_blocks(remainder, shards, weight_of)
+        costs = {index: slow[index] if index in slow else weight_of(index) for index in remainder}
+        return [shard for shard in _longest_first(costs, shards)[0] if shard]
+    quick = remainder - BitMap(slow)
+    dealt, loads = _longest_first(slow, shards)
+    blocks = _blocks(quick, _room(loads, sum(map(weight_of, quick))), weight_of)
+    both = (one | other for one, other in zip(dealt, blocks, strict=True))
+    return [shard for shard in both if shard]
 
 
 def share(total: int, sizes: Sequence[int]) -> list[int]:
@@ -261,39 +280,36 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def _equal_blocks(remainder: BitMap, shards: int) -> list[BitMap]:
-    count = len(remainder)
-    return [remainder[count * i // shards : count * (i + 1) // shards] for i in range(shards)]
-
-
-def _longest_first(
-    remainder: BitMap, shards: int, weight_of: Callable[[int], float]
-) -> list[BitMap]:
-    weighted = sorted(((weight_of(index), index) for index in remainder), reverse=True)
+def _longest_first(costs: Mapping[int, float], shards: int) -> tuple[list[BitMap], list[float]]:
+    """Give each source to the least loaded shard; return the shards and their loads."""
     heap = [(0.0, 0, shard) for shard in range(shards)]
-    dealt = [BitMap() for _ in range(shards)]
-    for weight, index in weighted:
+    dealt, loads = [BitMap() for _ in range(shards)], [0.0] * shards
+    for cost, index in sorted(((cost, index) for index, cost in costs.items()), reverse=True):
         load, count, shard = heapq.heappop(heap)
         dealt[shard].add(index)
-        heapq.heappush(heap, (load + weight, count + 1, shard))
-    return [shard for shard in dealt if shard]
+        loads[shard] = load + cost
+        heapq.heappush(heap, (load + cost, count + 1, shard))
+    return dealt, loads
 
 
-def _weighted_blocks(
-    remainder: BitMap, shards: int, weight_of: Callable[[int], float]
+def _room(loads: Sequence[float], more: float) -> list[float]:
+    """Return what each shard has room for, so that ``more`` makes all of them equal."""
+    mean = (sum(loads) + more) / len(loads)
+    room = [max(0.0, mean - load) for load in loads]
+    return room if any(room) else [1.0] * len(loads)
+
+
+def _blocks(
+    sources: BitMap, room: Sequence[float], weight_of: Callable[[int], float] | None = None
 ) -> list[BitMap]:
-    total = sum(map(weight_of, remainder))
-    if total <= 0:
-        return _equal_blocks(remainder, shards)
-    dealt: list[list[int]] = [[]]
-    done = 0.0
-    for index in remainder:
-        full = dealt[-1] and done >= total * len(dealt) / shards
-        if full and len(dealt) < shards:
-            dealt.append([])
-        dealt[-1].append(index)
-        done += weight_of(index)
-    return [BitMap(shard) for shard in dealt]
+    """Cut sources into contiguous blocks, one for each room and as costly in proportion."""
+    ends = list(itertools.accumulate(room))
+    costs = array("d", itertools.accumulate(map(weight_of, sources)) if weight_of else ())
+    if costs and costs[-1] > 0:
+        cuts = [bisect.bisect_left(costs, costs[-1] * end / ends[-1]) + 1 for end in ends[:-1]]
+    else:
+        cuts = [int(len(sources) * end / ends[-1]) for end in ends[:-1]]
+    return [sources[start:end] for start, end in itertools.pairwise([0, *cuts, len(sources)])]
 
 
 def make_shards(

@@ -194,7 +194,7 @@ MERGE = [
 ]  # fmt: skip
 ROUND = [
     Mutant("the last source of a shard is not dealt", _PLAN,
-           "count * (i + 1) // shards]", "(count * (i + 1) - 1) // shards]"),
+           "[sources[start:end] for", "[sources[start : max(start + 1, end - 1)] for"),
     Mutant("a shard forgets its failed tries", _PLAN,
            "{index: attempts[index] for index in charged & sources}", "{}"),
     Mutant("a shard forgets its suspects", _PLAN,

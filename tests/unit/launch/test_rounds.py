@@ -6,7 +6,7 @@ import pytest
 
 from hpcresume.errors import RunDirError
 from hpcresume.launch.drive import merge_step
-from hpcresume.launch.rounds import plan_round, settle, stand, tasks_needed
+from hpcresume.launch.rounds import plan_round, seconds_per_weight, settle, stand, tasks_needed
 from hpcresume.launch.slurm_round import close_round
 from hpcresume.merge.plan import Launch, open_plan
 from hpcresume.run.directory import CLOSED
@@ -30,7 +30,8 @@ def measured(tmp_path, *, total: int, completed: int, elapsed_s: float):
 
 def needed(made, *, min_task_s: float = 60.0, weight_of=None) -> int | None:
     standing = stand(made.run, Manifest.open(made.run), RESOLVED)
-    return tasks_needed(made.run, standing, weight_of, min_task_s=min_task_s)
+    per_weight_s = seconds_per_weight(made.run, standing, weight_of)
+    return tasks_needed(standing, weight_of, per_weight_s, min_task_s=min_task_s)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_interrupted_sources_take_longer_than_they_ran(tmp_path):
     standing = stand(made.run, manifest, RESOLVED)
     standing.union.ran = {99: 600.0, 3: 6000.0}
 
-    assert 12 == tasks_needed(made.run, standing, None, min_task_s=60.0)
+    assert 12 == tasks_needed(standing, None, 0.1, min_task_s=60.0)
 
 
 @pytest.mark.parametrize(("weight", "tasks"), [(1.0, 1), (600.0, 10), (0.0, 1)])
@@ -92,12 +93,14 @@ def test_without_weights_that_say_anything_nothing_is_measured(tmp_path):
     assert needed(made, weight_of=lambda _: 0.0) is None
 
 
-def plan_next(made, *, after: int | None, array: int = 64):
+def plan_next(made, *, after: int | None, array: int = 64, ran: dict[int, float] | None = None):
     manifest = Manifest.open(made.run)
+    standing = stand(made.run, manifest, RESOLVED)
+    standing.union.ran = ran or {}
     return plan_round(
         made.run,
         manifest,
-        stand(made.run, manifest, RESOLVED),
+        standing,
         after=None if after is None else open_plan(made.run, after),
         settings=settings().settings,
         code=1,
@@ -180,3 +183,15 @@ def test_a_run_without_slurm_has_no_next_round_there(tmp_path):
 
     with pytest.raises(RunDirError, match=f"hpcresume submit {made.path}"):
         merge_step(made.run)
+
+
+def test_interrupted_sources_are_dealt_by_how_long_they_ran(tmp_path):
+    """Two of twenty worked for ten minutes in vain: each has a task of its own."""
+    made = measured(tmp_path, total=110, completed=90, elapsed_s=90.0)
+    plan_next(made, after=0, array=3, ran={95: 600.0, 96: 600.0})
+
+    plan = open_plan(made.run, 1)
+    dealt = [list(plan.shard(task).bitmap()) for task in range(3)]
+    assert [[95], [96], [i for i in range(90, 110) if i not in {95, 96}]] == sorted(
+        dealt, key=lambda one: (len(one), one)
+    )

@@ -85,6 +85,38 @@ def test_many_sources_are_dealt_in_blocks_of_equal_cost(seed: int, shards: int, 
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, DEAL_BY_COST_BELOW + 99), st.floats(0, 1e5), max_size=30),
+    st.integers(1, 64),
+    st.sampled_from([DEAL_BY_COST_BELOW - 1, DEAL_BY_COST_BELOW + 100]),
+    st.sampled_from([1.0, 0.25, None]),
+)
+def test_slow_sources_share_no_shard_with_many(
+    measured: dict[int, float], shards: int, count: int, weight: float | None
+) -> None:
+    """
+    Where some were seen to take long, no shard exceeds the mean by more than one source, few
+    sources or many; who is slow and not left to do plays no part.
+    """
+    remainder = bitmaps.span(0, count)
+    dealt = deal(remainder, shards, weight and (lambda _: weight), measured)
+    check_partition(remainder, dealt, shards)
+    loads = [sum(measured.get(i, weight or 1.0) for i in shard) for shard in dealt]
+    slow = [cost for i, cost in measured.items() if i in remainder]
+    mean, heaviest = sum(loads) / len(dealt), max([weight or 1.0, *slow])
+    assert max(loads) <= (mean + heaviest + 1) * 1.001
+
+
+def test_slow_sources_leave_the_others_in_blocks() -> None:
+    """Many sources of which two are slow: a shard of each, with what it has room for."""
+    remainder = bitmaps.span(0, 12_000)
+    dealt = deal(remainder, 3, None, {7: 3000.0, 9_000: 5000.0})
+    assert [1667, 3667, 6666] == sorted(map(len, dealt))
+    assert all(len(bitmaps.dump(shard)) < 100 for shard in dealt)
+    assert not any({7, 9_000} <= set(shard) for shard in dealt)
+
+
 def test_nothing_left_needs_no_shards() -> None:
     """An empty remainder is dealt over no shards."""
     assert [] == deal(BitMap(), 8)
