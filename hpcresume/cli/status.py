@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,45 +32,59 @@ REDRAW_S = 2.0
 # squeue burdens a controller that every user shares.
 ASK_SLURM_S = 30.0
 LOG_LINE_S = 60.0
+# Reading stops here and goes on at the next redraw, so that keys are answered.
+BUDGET_S = 0.5
 _MOST_TASKS = 20
 
 
 @click.command()
 @run_argument()
 @click.option("--watch", is_flag=True, help="Go on until the run ends; exit with its code.")
+@click.option(
+    "--metrics",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write OpenMetrics text to a file, replaced at once; for a node exporter.",
+)
 @json_option
-def status(run: RunDir, watch: bool, as_json: bool) -> None:
+def status(run: RunDir, watch: bool, metrics: Path | None, as_json: bool) -> None:
     """Show how RUN stands: done, left, failing, at risk; per task and per stage.
 
     RUN defaults to the last run of this directory.  Exits with 1 if it ended incomplete,
-    with 0 if it is complete or goes on.
+    with 0 if it is complete or goes on.  On a terminal --watch is a live view with keys to
+    sort, filter and scroll; elsewhere it prints a line a minute.
 
     \b
     Example:
       hpcresume status
       hpcresume status runs/paragraphs-1f2e3d4c --watch
       hpcresume status --json | jq .sources
+      hpcresume status --metrics /var/lib/node_exporter/run.prom
     """
     from hpcresume.observe.status import read_status
 
     if watch:
-        finish(_watch(run, as_json=as_json))
+        finish(_watch(run, metrics, as_json=as_json))
     found = read_status(run)
-    _show(found, as_json=as_json)
-    finish(exit_code_of(found.state) if found.ended else 0)
-
-
-def _show(found: Status, *, as_json: bool) -> None:
+    _write_metrics(found, metrics)
     if as_json:
         emit_json(found.to_dict())
     else:
         say("\n".join(status_lines(found)))
+    finish(exit_code_of(found.state) if found.ended else 0)
 
 
-def _watch(run: RunDir, *, as_json: bool) -> int:
-    if sys.stdout.isatty() and not as_json:
-        return _watch_terminal(run)
+def _write_metrics(found: Status, path: Path | None) -> None:
+    if path is not None:
+        from hpcresume.observe.metrics import write_metrics
+
+        write_metrics(found, path)
+
+
+def _watch(run: RunDir, metrics: Path | None, *, as_json: bool) -> int:
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json:
+        return _watch_terminal(run, metrics)
     for found in readings(run, pause_s=REDRAW_S if as_json else LOG_LINE_S):
+        _write_metrics(found, metrics)
         if as_json:
             emit_json(found.to_dict())
         else:
@@ -77,26 +93,45 @@ def _watch(run: RunDir, *, as_json: bool) -> int:
     return exit_code_of(found.state)
 
 
-def _watch_terminal(run: RunDir) -> int:
-    from rich.live import Live
-    from rich.text import Text
+def _watch_terminal(run: RunDir, metrics: Path | None) -> int:
+    from hpcresume.cli.watch import watch_terminal
 
-    with Live(auto_refresh=False) as live:
-        for found in readings(run, pause_s=REDRAW_S):
-            live.update(Text("\n".join(status_lines(found))), refresh=True)
+    read = _reading(run, budget_s=BUDGET_S)
+
+    def and_write() -> Status:
+        found = read()
+        _write_metrics(found, metrics)
+        return found
+
+    found = watch_terminal(and_write, pause_s=REDRAW_S)
+    if found is None:
+        say("left; the run goes on. To watch it again: hpcresume status --watch")
+        return 0
+    say("\n".join(status_lines(found)))
     return exit_code_of(found.state)
+
+
+def _reading(run: RunDir, *, budget_s: float | None = None) -> Callable[[], Status]:
+    """Return what reads how the run stands, and asks Slurm from time to time."""
+    from hpcresume.observe.status import Watcher
+
+    watcher, asked_at = Watcher(run), -ASK_SLURM_S
+
+    def read() -> Status:
+        nonlocal asked_at
+        ask = time.monotonic() - asked_at >= ASK_SLURM_S
+        if ask:
+            asked_at = time.monotonic()
+        return watcher.read(ask_slurm=ask, budget_s=budget_s)
+
+    return read
 
 
 def readings(run: RunDir, *, pause_s: float) -> Iterator[Status]:
     """Yield how the run stands until it has ended; the last one says how."""
-    from hpcresume.observe.status import read_status
-
-    pause, asked_at = threading.Event(), -ASK_SLURM_S
+    pause, read = threading.Event(), _reading(run)
     while True:
-        ask = time.monotonic() - asked_at >= ASK_SLURM_S
-        if ask:
-            asked_at = time.monotonic()
-        found = read_status(run, ask_slurm=ask)
+        found = read()
         yield found
         if found.ended:
             return

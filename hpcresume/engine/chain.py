@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import pickle
+import resource
 import time
 from bisect import bisect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -198,6 +199,9 @@ class _Call:
             if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
         self._finish(result)
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        for count in self.counts:
+            count.memory_mib = peak_mib
         result.seconds = time.perf_counter() - start
         return result
 

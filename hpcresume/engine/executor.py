@@ -411,11 +411,8 @@ class Executor:
         known = state.seconds_per_item
         state.seconds_per_item = per_item if not known else 0.7 * known + 0.3 * per_item
         for total, part in zip(state.counts, result.counts, strict=True):
-            total.items_in += part.items_in
-            total.items_out += part.items_out
-            total.dropped += part.dropped
-            total.failed += part.failed
-            total.seconds += part.seconds
+            part.note_spread()
+            total.add(part)
 
     def _note_pace(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
         weight = chunk.inputs.total_weight()

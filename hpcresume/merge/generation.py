@@ -238,11 +238,21 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
     with storage_errors("read", run.path):
         union = load_newest(run)
         for name in unfolded(run, union):
-            _fold_named(run, union, name, max_attempts=max_attempts)
+            fold_named(run, union, name, max_attempts=max_attempts)
     return union
 
 
-def _fold_named(run: RunDir, union: Union, name: SegmentName, *, max_attempts: int) -> None:
+def fold_named(
+    run: RunDir, union: Union, name: SegmentName, *, max_attempts: int
+) -> SegmentFooter | None:
+    """Take a published segment into a union and return what it says.
+
+    Returns:
+        None where it is damaged or gone: the union then says so, or a later call does.
+
+    Raises:
+        SharedStorageError: The file system refused.
+    """
     relative, path = relative_name(run, name), run.segment_path(name)
     try:
         segment = open_segment(run.fs, path, run_id=run.run_id)
@@ -252,6 +262,7 @@ def _fold_named(run: RunDir, union: Union, name: SegmentName, *, max_attempts: i
         union.fold(segment, name.name, max_attempts=max_attempts)
         union.bad.pop(relative, None)
         union.fresh_paths.append(path)
+        return segment.footer
     except CorruptDataError as error:
         log.warning("%s", error)
         union.bad.setdefault(relative, str(error))
@@ -265,6 +276,7 @@ def _fold_named(run: RunDir, union: Union, name: SegmentName, *, max_attempts: i
     except FileNotFoundError as error:
         # Listed, yet gone: the listing was out of date.
         log.warning("%s", error)
+    return None
 
 
 def _refuse_misplaced(segment: Segment, name: SegmentName) -> None:

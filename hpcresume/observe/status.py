@@ -7,27 +7,24 @@ rules.
 
 from __future__ import annotations
 
-import os
+import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from hpcresume import slurm
-from hpcresume.errors import HpcResumeError, SlurmUnreachableError
-from hpcresume.merge.generation import Union, newest_footer, read_union
-from hpcresume.merge.plan import PlanFooter, array_name, merge_name, open_plan, twin_name
-from hpcresume.observe.liveness import is_gone, submitter_runs
-from hpcresume.run.directory import AttemptInfo, AttemptRef, JobRecord, Outcome, RunDir
+from hpcresume.merge.generation import Union
+from hpcresume.observe.queue import Life, Queue, ask_queue, look_for_life
+from hpcresume.observe.reading import AttemptFiles, Reader, RoundFiles
+from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
-from hpcresume.segment.segment import SegmentFooter, StageCount, Writer
+from hpcresume.segment.segment import StageCount
 
 SCHEMA = 1
 ENDED_STATES = frozenset({"complete", "incomplete", "interrupted", "stopped", "cancelled"})
 """States in which nothing more happens by itself."""
-_MAX_ATTEMPTS = 3
-_SQUEUE_TIMEOUT_S = 10.0
+_RECENT_S = 300.0
 
 
 class SourceCounts(msgspec.Struct):
@@ -51,19 +48,34 @@ class SourceCounts(msgspec.Struct):
 
 
 class RoundStatus(msgspec.Struct):
-    """One round; ``state`` is ``planned``, ``waiting``, ``running`` or ``ended``."""
+    """One round; ``state`` is ``planned``, ``waiting``, ``running`` or ``ended``.
+
+    ``sources`` is the remainder that was dealt to it.
+    """
 
     round: int
     tasks: int
     job_id: str
     state: str
+    sources: int
 
 
 class TaskStatus(msgspec.Struct):
     """One array task in its newest attempt.
 
-    ``state`` is ``waiting``, ``running``, ``died``, or how the attempt ended: ``done``,
-    ``saved``, ``lost``, ``broken``, ``superseded``.
+    Attributes:
+        round: Number of its round.
+        task: Its number.
+        attempt: Number of its newest attempt, 0: none has started.
+        state: ``waiting``, ``running``, ``died``, or how the attempt ended: ``done``,
+            ``saved``, ``lost``, ``broken``, ``superseded``.
+        host: Where it runs, or ran.
+        completed: Sources that the attempt completed.
+        in_flight: Sources in work.
+        left: Sources of its share that are neither completed nor quarantined; None: not told.
+        elapsed_s: Seconds that the attempt has run.
+        published_s: Seconds since it published last; None where it does not run or has not.
+        why: What it waits for, or why it ended.
     """
 
     round: int
@@ -73,10 +85,19 @@ class TaskStatus(msgspec.Struct):
     host: str
     completed: int
     in_flight: int
+    left: int | None = None
+    elapsed_s: float = 0.0
+    published_s: float | None = None
+    why: str = ""
 
 
 class StageStatus(msgspec.Struct, rename={"items_in": "in", "items_out": "out"}):
-    """One stage over all attempts: items in and out, dropped, failed; busy seconds."""
+    """One stage over all attempts: items in and out, dropped, failed; busy seconds.
+
+    Attributes:
+        memory_mib: Most memory that a worker of it had resident, MiB; 0: not recorded.
+        spread: Items by what one took: under ``k`` those between ``2**k`` and ``2**(k + 1)`` s.
+    """
 
     name: str
     items_in: int = 0
@@ -84,6 +105,30 @@ class StageStatus(msgspec.Struct, rename={"items_in": "in", "items_out": "out"})
     dropped: int = 0
     failed: int = 0
     seconds: float = 0.0
+    memory_mib: int = 0
+    spread: dict[int, int] = {}
+
+
+class FailureGroup(msgspec.Struct):
+    """Failing and quarantined sources that failed alike; ``example`` is one of them."""
+
+    stage: str
+    kind: str
+    message: str
+    sources: int
+    example: str
+
+
+class CoreHours(msgspec.Struct):
+    """Core-hours that attempts have had so far, and what the rest takes at that price.
+
+    Attributes:
+        used: Cores of every attempt times its hours.
+        left: Remaining sources at the price of the completed ones; None before the first.
+    """
+
+    used: float
+    left: float | None
 
 
 class Status(msgspec.Struct):
@@ -96,9 +141,17 @@ class Status(msgspec.Struct):
         run: Path of the run directory.
         name: Name of the pipeline.
         tolerated: Quarantined sources that leave the run complete.
-        rate_per_s: Sources completed per second by the tasks that run; None when none does.
+        rate_per_s: Sources completed per second by the tasks that run, over the last minutes;
+            None when none does.
         eta_s: Seconds until the remaining sources are done at that rate.
+        slowest_s: Seconds until the last of the running tasks has done its share at its own
+            rate: the run takes at least as long; None where no task has told.
+        slowest_task: That task.
         unasked: What could not be asked, and why; empty when all could.
+        core_hours: Core-hours used and left.
+        failures: Sources that failed and are not completed, in groups, the largest first.
+        endings: Attempts by how they ended: ``done``, ``preempted``, ``time-limit``, ``died``...
+        seen: The part of the array tasks that has been looked at; 1: all of them.
     """
 
     state: str
@@ -112,7 +165,13 @@ class Status(msgspec.Struct):
     stages: list[StageStatus]
     rate_per_s: float | None
     eta_s: float | None
+    slowest_s: float | None
+    slowest_task: int | None
     unasked: str
+    core_hours: CoreHours
+    failures: list[FailureGroup]
+    endings: dict[str, int]
+    seen: float = 1.0
 
     @property
     def ended(self) -> bool:
@@ -125,74 +184,39 @@ class Status(msgspec.Struct):
         return {"schema": SCHEMA, **plain}
 
 
-@dataclass
-class _Attempt:
-    """What files say of one attempt; ``alive`` is None where nobody here can tell."""
+class Watcher:
+    """Reads how one run stands again and again, at the cost of what has changed."""
 
-    ref: AttemptRef
-    info: AttemptInfo | None
-    outcome: Outcome | None
-    footer: SegmentFooter | None
-    alive: bool | None = False
+    def __init__(self, run: RunDir) -> None:
+        self.reader = Reader(run)
+        self._queue: tuple[int, Queue] | None = None
 
-    @property
-    def writer(self) -> Writer:
-        return Writer(self.ref.round, self.ref.task, self.ref.epoch)
+    def read(self, *, ask_slurm: bool = True, budget_s: float | None = None) -> Status:
+        """Return how the run stands now.
 
-    @property
-    def state(self) -> str:
-        if self.outcome is not None:
-            return self.outcome.state
-        return "died" if self.alive is False else "running"
+        Args:
+            ask_slurm: Whether squeue may be called, once, where the newest round is Slurm's;
+                otherwise what it answered last still counts.
+            budget_s: Read for about so long at most; ``seen`` then tells how far that went.
 
+        Raises:
+            CorruptDataError: The manifest is damaged.
+        """
+        reader = self.reader
+        reader.refresh(budget_s=budget_s)
+        rounds = reader.rounds
+        life = Life()
+        if rounds:
+            queue = self._ask(rounds[-1], ask_slurm=ask_slurm) if rounds[-1].on_slurm else None
+            life = look_for_life(rounds[-1], queue)
+        return _judge(reader, life)
 
-@dataclass
-class _Round:
-    """A round as its files and the queue tell.
-
-    Attributes:
-        waiting: Whether something of it is still to run, or to go on.
-        unmerged: Whether its tasks are in Slurm's queue and no merge job is.
-    """
-
-    number: int
-    plan: PlanFooter
-    jobs: list[JobRecord]
-    owner: str | None
-    attempts: list[_Attempt]
-    waiting: bool = False
-    unmerged: bool = False
-    held: list[slurm.QueueEntry] = field(default_factory=list)
-
-    @property
-    def live(self) -> list[_Attempt]:
-        return [a for a in self.attempts if a.state == "running"]
-
-    @property
-    def on_slurm(self) -> bool:
-        return self.plan.launch.cluster == "slurm"
-
-    @property
-    def merges_itself(self) -> bool:
-        """Whether the site lets merge jobs submit the next round."""
-        return bool(self.plan.settings.get("site", {}).get("submit_from_compute", True))
-
-
-@dataclass
-class _Queue:
-    """What squeue said of jobs that have not ended.
-
-    Attributes:
-        tasks: The newest round's array.
-        merges: Its merge jobs and their twins.
-        planners: Those of the round before, which planned it and may not have submitted it yet.
-        unasked: Why squeue was not asked.
-    """
-
-    tasks: list[slurm.QueueEntry] = field(default_factory=list)
-    merges: list[slurm.QueueEntry] = field(default_factory=list)
-    planners: list[slurm.QueueEntry] = field(default_factory=list)
-    unasked: str = ""
+    def _ask(self, newest: RoundFiles, *, ask_slurm: bool) -> Queue:
+        if ask_slurm:
+            self._queue = (newest.number, ask_queue(self.reader.run, newest.number))
+        if self._queue is None or self._queue[0] != newest.number:
+            return Queue(unasked="Slurm's queue: not asked on request")
+        return self._queue[1]
 
 
 def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
@@ -205,15 +229,17 @@ def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
     Raises:
         CorruptDataError: The manifest is damaged.
     """
-    rounds = [_read_round(run, number) for number in run.rounds()]
-    settings = rounds[-1].plan.settings if rounds else {}
-    max_attempts = settings.get("run", {}).get("max_attempts", _MAX_ATTEMPTS)
-    union = read_union(run, max_attempts=max_attempts)
-    unasked = _look_for_life(run, rounds[-1], ask_slurm=ask_slurm) if rounds else ""
-    sources = _count_sources(run, union, rounds)
+    return Watcher(run).read(ask_slurm=ask_slurm)
+
+
+def _judge(reader: Reader, life: Life) -> Status:
+    run, rounds, union, now = reader.run, reader.rounds, reader.union, time.time()
+    manifest = reader.manifest
+    sources = _count_sources(manifest, union, rounds)
     allowed = run.tolerated(sources.total)
-    state, reason = _state_of(run, union, rounds, sources, allowed)
+    state, reason = _state_of(reader, sources, allowed, life)
     rate = _rate(rounds) if state == "running" else None
+    slowest_s, slowest_task = _slowest(rounds) if state == "running" else (None, None)
     return Status(
         state=state,
         reason=reason,
@@ -221,95 +247,26 @@ def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
         name=run.info.name,
         sources=sources,
         tolerated=allowed,
-        rounds=[_round_status(r, is_newest=r is rounds[-1]) for r in rounds],
-        tasks=[task for r in rounds for task in _task_statuses(r)],
+        rounds=[_round_status(r, life, is_newest=r is rounds[-1]) for r in rounds],
+        tasks=[task for r in rounds for task in _task_statuses(r, life, now)],
         stages=_sum_stages(rounds),
         rate_per_s=rate,
         eta_s=_eta(state, sources, rate),
-        unasked=unasked,
-    )
-
-
-# -- reading ------------------------------------------------------------------------------------
-
-
-def _read_round(run: RunDir, number: int) -> _Round:
-    plan = open_plan(run, number).footer
-    attempts = [
-        _read_attempt(run, ref) for t in run.tasks(number) for ref in run.attempts(number, t)
-    ]
-    return _Round(number, plan, run.job_records(number), run.round_owner(number), attempts)
-
-
-def _read_attempt(run: RunDir, ref: AttemptRef) -> _Attempt:
-    return _Attempt(ref, run.attempt_info(ref), run.outcome(ref), newest_footer(run, ref))
-
-
-def _look_for_life(run: RunDir, newest: _Round, *, ask_slurm: bool) -> str:
-    """Find out which attempts of the newest round run; return what could not be asked."""
-    queue = _ask_queue(run, newest.number, ask_slurm=ask_slurm) if newest.on_slurm else None
-    newest_of = {a.ref.task: a for a in newest.attempts}
-    for attempt in newest.attempts:
-        if attempt.outcome is None and attempt is newest_of[attempt.ref.task]:
-            attempt.alive = _is_alive(attempt, queue)
-    if queue is not None:
-        # Where Slurm was not asked, a first round that was never submitted still does not wait.
-        in_doubt = bool(queue.unasked and (newest.number or newest.jobs or newest.attempts))
-        newest.waiting = bool(in_doubt or queue.tasks or queue.merges or queue.planners)
-        newest.unmerged = bool(newest.merges_itself and queue.tasks and not queue.merges)
-        newest.held = [entry for entry in queue.tasks if "held" in (entry.reason or "").lower()]
-        return queue.unasked
-    unseen = {a.info.host for a in newest.attempts if a.alive is None and a.info is not None}
-    drives = [submitter_runs(job) for job in newest.jobs]
-    newest.waiting = any(drives) or (None in drives and not newest.attempts)
-    return f"whether processes on {', '.join(sorted(unseen))} still run" if unseen else ""
-
-
-def _ask_queue(run: RunDir, round_: int, *, ask_slurm: bool) -> _Queue:
-    """Ask for the round's jobs by name, as an sbatch whose answer was lost left no record."""
-    if not ask_slurm:
-        return _Queue(unasked="Slurm's queue: not asked on request")
-    array, merges = array_name(run, round_), [merge_name(run, round_), twin_name(run, round_)]
-    planners = [merge_name(run, round_ - 1), twin_name(run, round_ - 1)] if round_ else []
-    try:
-        entries = slurm.queue(
-            name=",".join([array, *merges, *planners]),
-            user=os.stat(run.path).st_uid,
-            timeout_s=_SQUEUE_TIMEOUT_S,
-        )
-    except SlurmUnreachableError as error:
-        complaint = error.fields.get("stderr", error)
-        return _Queue(unasked=f"Slurm's queue; Slurm did not answer: {complaint}")
-    except HpcResumeError as error:
-        return _Queue(unasked=f"Slurm's queue: {error}")
-    to_come = [entry for entry in entries if not (entry.ended or entry.waits_in_vain)]
-    return _Queue(
-        tasks=[entry for entry in to_come if entry.name == array],
-        merges=[entry for entry in to_come if entry.name in merges],
-        planners=[entry for entry in to_come if entry.name in planners],
-    )
-
-
-def _is_alive(attempt: _Attempt, queue: _Queue | None) -> bool | None:
-    if queue is None:
-        gone = is_gone(attempt.info) if attempt.info is not None else True
-        return None if gone is None else not gone
-    if queue.unasked:
-        return None
-    job = attempt.info.job_id if attempt.info is not None else None
-    return any(
-        (entry.job_id == job if job else entry.array_task in (attempt.ref.task, None))
-        and entry.state != "PENDING"
-        for entry in queue.tasks
+        slowest_s=slowest_s,
+        slowest_task=slowest_task,
+        unasked=life.unasked,
+        core_hours=_core_hours(rounds, sources, now),
+        failures=_group_failures(union, manifest),
+        endings=_endings(rounds),
+        seen=reader.seen,
     )
 
 
 # -- judging ------------------------------------------------------------------------------------
 
 
-def _state_of(
-    run: RunDir, union: Union, rounds: list[_Round], sources: SourceCounts, allowed: int
-) -> tuple[str, str]:
+def _state_of(reader: Reader, sources: SourceCounts, allowed: int, life: Life) -> tuple[str, str]:
+    run, union, rounds = reader.run, reader.union, reader.rounds
     newest = rounds[-1] if rounds else None
     live = bool(newest and newest.live)
     # A plan dealt from a generation comes after what that generation said of the run's end.
@@ -323,7 +280,7 @@ def _state_of(
         return ("interrupted" if text.startswith("interrupted") else "stopped"), text
     if newest is None:
         return "planned", "no round was planned yet"
-    return _unfinished(run, newest, sources)
+    return _unfinished(run, newest, sources, life)
 
 
 def _finished(sources: SourceCounts, allowed: int) -> tuple[str, str]:
@@ -335,29 +292,32 @@ def _finished(sources: SourceCounts, allowed: int) -> tuple[str, str]:
     )
 
 
-def _unfinished(run: RunDir, newest: _Round, sources: SourceCounts) -> tuple[str, str]:
+def _unfinished(
+    run: RunDir, newest: RoundFiles, sources: SourceCounts, life: Life
+) -> tuple[str, str]:
     go_on = f"to go on: hpcresume {_command(newest)}".replace("RUN", run.path)
     unmerged = f"no merge job is to follow round {newest.number}; {go_on}"
     if newest.live:
         note = next((a.footer.progress.note for a in newest.live if a.footer), "")
-        return "running", unmerged if newest.unmerged else note
-    if newest.waiting:
-        if newest.held:
-            return "waiting", _held(newest.held)
-        if newest.unmerged:
+        return "running", unmerged if life.unmerged else note
+    if life.waiting:
+        if life.held:
+            return "waiting", _held(life)
+        if life.unmerged:
             return "waiting", unmerged
-        if newest.attempts:
+        if newest.tasks:
             return "waiting", f"for the merge or restarted tasks of round {newest.number}"
         return "waiting", f"for the tasks of round {newest.number} to start"
     planned_by_a_merge = newest.on_slurm and newest.number > 0
-    if not (planned_by_a_merge or newest.jobs or newest.attempts):
+    if not (planned_by_a_merge or newest.jobs or newest.tasks):
         return "planned", f"nothing shows that round {newest.number} was submitted; {go_on}"
     if sources.remaining == 0:
         return "interrupted", f"all its sources are settled, but nothing has ended it; {go_on}"
     return "interrupted", f"nothing of it runs and {sources.remaining} sources remain; {go_on}"
 
 
-def _held(entries: list[slurm.QueueEntry]) -> str:
+def _held(life: Life) -> str:
+    entries = life.held
     job = entries[0].job_id
     return (
         f"{len(entries)} of its jobs are held ({entries[0].reason}), as Slurm does after a node's "
@@ -366,15 +326,14 @@ def _held(entries: list[slurm.QueueEntry]) -> str:
     )
 
 
-def _command(newest: _Round) -> str:
+def _command(newest: RoundFiles) -> str:
     """Return the command that goes on with a run of which nothing runs."""
     if not newest.on_slurm:
         return "submit RUN"
     return "merge RUN --requeue" if newest.merges_itself else "drive RUN"
 
 
-def _count_sources(run: RunDir, union: Union, rounds: list[_Round]) -> SourceCounts:
-    manifest = Manifest.open(run)
+def _count_sources(manifest: Manifest, union: Union, rounds: list[RoundFiles]) -> SourceCounts:
     withdrawn = manifest.withdrawn()
     quarantined = union.quarantined() - withdrawn
     counts = SourceCounts(
@@ -384,76 +343,98 @@ def _count_sources(run: RunDir, union: Union, rounds: list[_Round]) -> SourceCou
     )
     counts.failing = sum(1 for i in union.failures if i not in withdrawn) - counts.quarantined
     counts.remaining = counts.total - counts.completed - counts.quarantined
-    live = [attempt for attempt in (rounds[-1].live if rounds else []) if attempt.footer]
-    counts.at_risk = sum(_at_risk(attempt, union) for attempt in live)
+    live = {a.writer: a.progress for a in (rounds[-1].live if rounds else []) if a.progress}
+    published = Counter(dict.fromkeys(live, 0))
+    for (writer, _), won in union.won.items():
+        if writer in live:
+            published[writer] += len(won)
+    counts.at_risk = sum(
+        one.in_flight + max(0, one.completed - published[writer]) for writer, one in live.items()
+    )
     return counts
 
 
-def _at_risk(attempt: _Attempt, union: Union) -> int:
-    assert attempt.footer is not None
-    progress = attempt.footer.progress
-    published = sum(len(won) for (writer, _), won in union.won.items() if writer == attempt.writer)
-    return progress.in_flight + max(0, progress.completed - published)
-
-
-def _round_status(round_: _Round, *, is_newest: bool) -> RoundStatus:
+def _round_status(round_: RoundFiles, life: Life, *, is_newest: bool) -> RoundStatus:
     arrays = [job.array for job in round_.jobs if job.cluster == "slurm"]
     # Of several submissions of one round the one that works on it counts.
     job_id = round_.owner if round_.owner in arrays else (arrays or [""])[-1]
     if round_.live:
         state = "running"
-    elif is_newest and round_.waiting:
+    elif is_newest and life.waiting:
         state = "waiting"
-    elif round_.attempts or not is_newest:
+    elif round_.tasks or not is_newest:
         state = "ended"
     else:
         state = "ended" if round_.jobs else "planned"
-    return RoundStatus(round_.number, round_.plan.tasks, job_id, state)
+    return RoundStatus(round_.number, round_.plan.tasks, job_id, state, round_.plan.sources)
 
 
-def _task_statuses(round_: _Round) -> Iterable[TaskStatus]:
-    newest: dict[int, _Attempt] = {attempt.ref.task: attempt for attempt in round_.attempts}
+def _task_statuses(round_: RoundFiles, life: Life, now: float) -> Iterable[TaskStatus]:
+    newest = round_.newest
     for task in range(max(round_.plan.tasks, *(t + 1 for t in newest), 0)):
-        if task not in newest:
-            yield TaskStatus(round_.number, task, 0, "waiting", "", 0, 0)
+        if task in newest:
+            yield _task_status(newest[task], now)
             continue
-        attempt = newest[task]
-        progress = attempt.footer.progress if attempt.footer else None
-        yield TaskStatus(
-            round=round_.number,
-            task=task,
-            attempt=attempt.ref.epoch,
-            state=attempt.state,
-            host=attempt.info.host if attempt.info else "",
-            completed=_completed(attempt),
-            in_flight=progress.in_flight if progress and attempt.state == "running" else 0,
-        )
+        why = life.waits_for.get(task, life.waits_for.get(None, ""))
+        yield TaskStatus(round_.number, task, 0, "waiting", "", 0, 0, why=why)
 
 
-def _completed(attempt: _Attempt) -> int:
+def _task_status(attempt: AttemptFiles, now: float) -> TaskStatus:
+    progress, running = attempt.progress, attempt.state == "running"
+    why = progress.note if progress and running else ""
     if attempt.outcome is not None:
-        return attempt.outcome.completed
-    return attempt.footer.progress.completed if attempt.footer else 0
+        why = attempt.outcome.kind if attempt.outcome.state != "done" else ""
+    return TaskStatus(
+        round=attempt.ref.round,
+        task=attempt.ref.task,
+        attempt=attempt.ref.epoch,
+        state=attempt.state,
+        host=attempt.info.host if attempt.info else "",
+        completed=attempt.completed,
+        in_flight=progress.in_flight if progress and running else 0,
+        left=progress.left if progress else None,
+        elapsed_s=round(attempt.elapsed_s(now), 1),
+        # Clocks of two hosts differ.
+        published_s=round(max(0.0, now - progress.written_at), 1) if progress and running else None,
+        why=why,
+    )
 
 
-def _sum_stages(rounds: list[_Round]) -> list[StageStatus]:
-    totals: dict[str, StageStatus] = {}
-    counts: list[StageCount] = [
-        count for r in rounds for a in r.attempts if a.footer for count in a.footer.stages
+def _sum_stages(rounds: list[RoundFiles]) -> list[StageStatus]:
+    totals: dict[str, StageCount] = {}
+    for attempt in (a for r in rounds for a in r.attempts if a.footer):
+        assert attempt.footer is not None
+        for count in attempt.footer.stages:
+            totals.setdefault(count.name, StageCount(count.name)).add(count)
+    return [
+        StageStatus(
+            name=one.name,
+            items_in=one.items_in,
+            items_out=one.items_out,
+            dropped=one.dropped,
+            failed=one.failed,
+            seconds=one.seconds,
+            memory_mib=one.memory_mib,
+            spread=dict(sorted(one.spread.items())),
+        )
+        for one in totals.values()
     ]
-    for count in counts:
-        total = totals.setdefault(count.name, StageStatus(count.name))
-        total.items_in += count.items_in
-        total.items_out += count.items_out
-        total.dropped += count.dropped
-        total.failed += count.failed
-        total.seconds += count.seconds
-    return list(totals.values())
 
 
-def _rate(rounds: list[_Round]) -> float | None:
-    progress = [a.footer.progress for a in rounds[-1].live if a.footer]
-    rates = [p.completed / p.elapsed_s for p in progress if p.elapsed_s > 0]
+def recent_rate(attempt: AttemptFiles) -> float | None:
+    """Return the sources per second that an attempt completed over its last minutes."""
+    last = attempt.progress
+    if last is None or last.elapsed_s <= 0:
+        return None
+    earlier = [p for p in attempt.points if last.elapsed_s - p.elapsed_s <= _RECENT_S]
+    first = earlier[0] if earlier else last
+    if first.elapsed_s >= last.elapsed_s:
+        return last.completed / last.elapsed_s
+    return (last.completed - first.completed) / (last.elapsed_s - first.elapsed_s)
+
+
+def _rate(rounds: list[RoundFiles]) -> float | None:
+    rates = [rate for a in rounds[-1].live if (rate := recent_rate(a)) is not None]
     return sum(rates) if rates else None
 
 
@@ -461,3 +442,45 @@ def _eta(state: str, sources: SourceCounts, rate: float | None) -> float | None:
     if state == "complete":
         return 0.0
     return sources.remaining / rate if rate else None
+
+
+def _slowest(rounds: list[RoundFiles]) -> tuple[float | None, int | None]:
+    """Return when the last running task has done its share at its own rate, and which it is."""
+    ends = [
+        (attempt.progress.left / rate, int(attempt.ref.task))
+        for attempt in rounds[-1].live
+        if attempt.progress and (rate := recent_rate(attempt))
+    ]
+    return max(ends, default=(None, None))
+
+
+def _core_hours(rounds: list[RoundFiles], sources: SourceCounts, now: float) -> CoreHours:
+    used = sum(
+        attempt.elapsed_s(now) * (attempt.info.cpus if attempt.info else 0)
+        for round_ in rounds
+        for attempt in round_.attempts
+    )
+    left = used / sources.completed * sources.remaining if sources.completed else None
+    return CoreHours(used / 3600, None if left is None else left / 3600)
+
+
+def _group_failures(union: Union, manifest: Manifest) -> list[FailureGroup]:
+    withdrawn, groups = manifest.withdrawn(), dict[tuple[str, str, str], FailureGroup]()
+    for index, failures in union.failures.items():
+        if index not in withdrawn:
+            last = failures.last
+            group = FailureGroup(last.stage, last.kind, last.message, 0, last.source_id)
+            groups.setdefault((last.stage, last.kind, last.message), group).sources += 1
+    return sorted(groups.values(), key=lambda group: -group.sources)
+
+
+def _endings(rounds: list[RoundFiles]) -> dict[str, int]:
+    kinds = Counter(ending(a) for r in rounds for a in r.attempts if a.state != "running")
+    return dict(kinds.most_common())
+
+
+def ending(attempt: AttemptFiles) -> str:
+    """Return how an attempt ended, in one word."""
+    if attempt.outcome is None:
+        return attempt.state
+    return "done" if attempt.outcome.state == "done" else attempt.outcome.kind

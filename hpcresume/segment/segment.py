@@ -7,6 +7,7 @@ watching needs (counters per stage, progress), so both read the end of the file 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -70,7 +71,13 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StageCount(msgspec.Struct, array_like=True):
-    """What one stage did in one attempt: items in and out, dropped, failed; busy seconds."""
+    """What one stage did in one attempt: items in and out, dropped, failed; busy seconds.
+
+    Attributes:
+        memory_mib: Most memory that a worker of it had resident; 0 where that was not recorded.
+        spread: Items by what one took: under ``k`` those between ``2**k`` and ``2**(k + 1)``
+            seconds.  Of items that were given to a worker together each counts with the mean.
+    """
 
     name: str
     items_in: int = 0
@@ -78,6 +85,24 @@ class StageCount(msgspec.Struct, array_like=True):
     dropped: int = 0
     failed: int = 0
     seconds: float = 0.0
+    memory_mib: int = 0
+    spread: dict[int, int] = {}
+
+    def add(self, other: StageCount) -> None:
+        """Add what another attempt, or another call, did in the same stage."""
+        self.items_in += other.items_in
+        self.items_out += other.items_out
+        self.dropped += other.dropped
+        self.failed += other.failed
+        self.seconds += other.seconds
+        self.memory_mib = max(self.memory_mib, other.memory_mib)
+        for power, items in other.spread.items():
+            self.spread[power] = self.spread.get(power, 0) + items
+
+    def note_spread(self) -> None:
+        """Note what one item took on average."""
+        if self.items_in and self.seconds > 0:
+            self.spread[math.frexp(self.seconds / self.items_in)[1] - 1] = self.items_in
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -599,6 +599,8 @@ def test_counters_add_up(tmp_path: Path) -> None:
     first, last = bench.executor.counts()
     assert ("one", 29, 29) == (first.name, first.items_in, first.items_out)
     assert ("second", 29, 29, 0) == (last.name, last.items_in, last.items_out, last.failed)
+    assert 29 == sum(first.spread.values()) == sum(last.spread.values())
+    assert first.memory_mib > 0
 
 
 def test_async_group_keeps_its_concurrency_filled(tmp_path: Path) -> None:

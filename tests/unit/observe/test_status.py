@@ -272,14 +272,13 @@ def test_stage_counters_add_up_over_attempts(tmp_path):
     """Each attempt's newest counters are added, not those of every segment."""
     made = make_run(tmp_path, tasks=2)
     one, two = made.attempt(0), made.attempt(1)
-    made.publish(one, seq=1, stages=[StageCount("parse", 1, 1, 0, 0, 0.5)])
-    made.publish(one, seq=2, stages=[StageCount("parse", 5, 4, 1, 0, 1.0)])
-    made.publish(two, seq=1, stages=[StageCount("parse", 3, 2, 0, 1, 0.5)])
+    made.publish(one, seq=1, stages=[StageCount("parse", 1, 1, 0, 0, 0.5, 10, {-2: 1})])
+    made.publish(one, seq=2, stages=[StageCount("parse", 5, 4, 1, 0, 1.0, 40, {-2: 2, -3: 3})])
+    made.publish(two, seq=1, stages=[StageCount("parse", 3, 2, 0, 1, 0.5, 30, {-3: 3})])
     found = Run(made.path).status()["stages"]
 
-    assert [
-        {"name": "parse", "in": 8, "out": 6, "dropped": 1, "failed": 1, "seconds": 1.5}
-    ] == found
+    counts = {"name": "parse", "in": 8, "out": 6, "dropped": 1, "failed": 1, "seconds": 1.5}
+    assert [{**counts, "memory_mib": 40, "spread": {-3: 6, -2: 2}}] == found
 
 
 def test_the_plain_form_has_every_promised_field(tmp_path):
@@ -294,10 +293,9 @@ def test_the_plain_form_has_every_promised_field(tmp_path):
     assert ["total", "completed", "failing", "quarantined", "remaining", "at_risk"] == list(
         plain["sources"]
     )
-    assert ["round", "tasks", "job_id", "state"] == list(plain["rounds"][0])
-    assert ["round", "task", "attempt", "state", "host", "completed", "in_flight"] == list(
-        plain["tasks"][0]
-    )
+    assert ["round", "tasks", "job_id", "state", "sources"] == list(plain["rounds"][0])
+    task = ["round", "task", "attempt", "state", "host", "completed", "in_flight"]
+    assert [*task, "left", "elapsed_s", "published_s", "why"] == list(plain["tasks"][0])
 
 
 # -- Slurm --------------------------------------------------------------------------------------
