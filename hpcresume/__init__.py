@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hpcresume.errors import HpcResumeError
     from hpcresume.launch.trial import trial
     from hpcresume.pipeline.context import Context, Worker
-    from hpcresume.pipeline.pipeline import Pipeline, Rows
+    from hpcresume.pipeline.pipeline import Parts, Pipeline, Rows
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
@@ -26,6 +26,7 @@ __all__ = [
     "Failed",
     "HpcResumeError",
     "Many",
+    "Parts",
     "Pipeline",
     "Rows",
     "Run",
@@ -48,6 +49,7 @@ _HOMES = {
     "HpcResumeError": "hpcresume.errors",
     "Many": "hpcresume.pipeline.sentinels",
     "Pipeline": "hpcresume.pipeline.pipeline",
+    "Parts": "hpcresume.pipeline.pipeline",
     "Rows": "hpcresume.pipeline.pipeline",
     "Run": "hpcresume.results.run",
     "Source": "hpcresume.pipeline.sources",

@@ -35,8 +35,15 @@ LOG_LINE_S = 30.0
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A .jsonl or .parquet file; replaced atomically.",
+    type=click.Path(path_type=Path),
+    help="A .jsonl or .parquet file, or with --layout parts a directory; replaced atomically.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["one", "parts"]),
+    default="one",
+    show_default=True,
+    help="One file in source order, or the parts of an hr.Parts run as they are, unsorted.",
 )
 @click.option("--with-source", is_flag=True, help='Wrap rows as {"source", "item", "row"}.')
 @click.option(
@@ -46,7 +53,13 @@ LOG_LINE_S = 30.0
 )
 @json_option
 def collect(
-    run: RunDir, output: Path, with_source: bool, files: Path | None, as_json: bool
+    run: RunDir,
+    *,
+    output: Path,
+    layout: str,
+    with_source: bool,
+    files: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the rows of RUN in source order, each source once.
 
@@ -56,13 +69,24 @@ def collect(
     Example:
       hpcresume collect -o results.jsonl
       hpcresume collect runs/paragraphs-1f2e3d4c -o results.parquet --with-source
+      hpcresume collect --layout parts -o results/
     """
+    from hpcresume.errors import UsageError
     from hpcresume.results.collect import collect as write_result
+    from hpcresume.results.layout import collect_parts
 
-    with _progress() as on_progress:
-        report = write_result(
-            run, output, with_source=with_source, files=files, on_progress=on_progress
+    if layout == "parts" and (with_source or files):
+        raise UsageError(
+            "--layout parts links whole files, so it takes neither --with-source nor --files. "
+            "Leave them out, or write one file."
         )
+    with _progress() as on_progress:
+        if layout == "parts":
+            report = collect_parts(run, output, on_progress=on_progress)
+        else:
+            report = write_result(
+                run, output, with_source=with_source, files=files, on_progress=on_progress
+            )
     for line in _report_lines(report):
         say(line, err=True)
     if as_json:

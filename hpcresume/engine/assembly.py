@@ -15,11 +15,9 @@ from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.pace import Pace
 from hpcresume.ids import ItemPath
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
-from hpcresume.segment.frame import FrameBuilder
+from hpcresume.sinks.packing import Packed, Packer
 
 log = logging.getLogger(__name__)
-
-_FRAME_BYTES = 1 << 20
 
 
 class Assembly:
@@ -30,6 +28,7 @@ class Assembly:
         completed: Told every frame, with the number of its sources.
         pace: Told how long sources took, from their admission to their last item.
         clock: Monotonic seconds.
+        packer: Packs completed sources.
     """
 
     def __init__(
@@ -38,7 +37,9 @@ class Assembly:
         completed: Callable[[bytes, int], None],
         pace: Pace,
         clock: Callable[[], float],
+        packer: Packer,
     ) -> None:
+        self._packer = packer
         self._max_sources, self._tell = max_sources, completed
         self._pace, self._clock = pace, clock
         # When a source was admitted and its weight; one entry for all sources of a call.
@@ -127,16 +128,18 @@ class Assembly:
         """Hand on what has completed so far."""
         if not self._done:
             return
-        frame = FrameBuilder()
-        for source in sorted(self._done):
+        packed = [
             # Items arrive in any order; within a source rows are in item order.
-            frame.add(source, sorted(self._rows.pop(source, ())))
-            files = self._files.pop(source, None)
-            if files:
-                frame.add_files(self._done[source], sorted(files))
-        count = len(self._done)
+            Packed(
+                source,
+                self._done[source],
+                sorted(self._rows.pop(source, ())),
+                sorted(self._files.pop(source, ())),
+            )
+            for source in sorted(self._done)
+        ]
         self._done, self._done_bytes = {}, 0
-        self._tell(frame.build(), count)
+        self._tell(self._packer.pack(packed), len(packed))
 
     def _is_current(self, inputs: Inputs, slot: int) -> bool:
         source = inputs.sources[slot]
@@ -176,7 +179,7 @@ class Assembly:
         self._ended.append(self._admitted.pop(source))
         self._done_bytes += sum(len(row) for _, row in self._rows.get(source, ()))
         self.completed += 1
-        if self._done_bytes >= _FRAME_BYTES or len(self._done) >= self._max_sources:
+        if self._done_bytes >= self._packer.frame_bytes or len(self._done) >= self._max_sources:
             self.flush()
 
 

@@ -153,6 +153,7 @@ class ChunkResult:
         failures: The slots that failed.
         worked: Names of the stages that worked for a source after their last failure.
         broken: Why the worker cannot go on; nothing else counts then.
+        refused: Why the node-local disk cannot take rows; nothing else counts then.
         frame: Chunk frame of everything that succeeded; only where one group is the pipeline.
         completed: Number of sources in the frame.
         rows: Encoded rows of every slot that succeeded; only for the last of several groups.
@@ -165,6 +166,7 @@ class ChunkResult:
     failures: list[SlotFailure] = field(default_factory=list)
     worked: list[str] = field(default_factory=list)
     broken: str | None = None
+    refused: str | None = None
     frame: bytes | None = None
     completed: int = 0
     rows: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)

@@ -32,7 +32,8 @@ import cloudpickle
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.guard import Running, StageTimeoutError, alarm, reason, user_traceback
 from hpcresume.engine.mark import Mark
-from hpcresume.errors import StageStartError, describe
+from hpcresume.engine.packing import make_packer
+from hpcresume.errors import LocalStorageError, StageStartError, describe
 from hpcresume.ids import ROOT, ItemPath, encode_path, item_id
 from hpcresume.ledger.publishing import output_path
 from hpcresume.pipeline.context import Context, Worker, item_seed
@@ -40,9 +41,8 @@ from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
 from hpcresume.pipeline.sources import Indexed, decode_payload
 from hpcresume.pipeline.stage import Stage
-from hpcresume.segment.frame import FrameBuilder
 from hpcresume.segment.segment import StageCount
-from hpcresume.sinks.rows import encode_row
+from hpcresume.sinks.packing import Packed
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class ChainPlace:
         worker: The worker that the stages' instances live in.
         seconds_left: Seconds until the attempt must be done, None without a limit.
         mark: The worker's mark; None where nobody reads it.
+        parts: Node-local directory for blobs of ``hr.Parts``.
         on_error: Called with every exception of the user's code that fails a source, while
             its frames are there to be looked at.
     """
@@ -108,6 +109,7 @@ class ChainPlace:
     worker: Worker
     seconds_left: Callable[[], float | None]
     mark: Mark | None = None
+    parts: str = ""
     on_error: Callable[[BaseException], None] | None = None
 
 
@@ -127,6 +129,7 @@ class Chain:
             if stage.traits.is_async
         }
         self.running = Running(place.mark)
+        self.packer = make_packer(pipeline.sink, place.parts)
 
     def setup(self) -> None:
         """Set up every stage.
@@ -184,7 +187,7 @@ class _Call:
         self.failures: dict[int, SlotFailure] = {}
         # Slots that the sources (0) and each stage (from 1) worked for.
         self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
-        self.made: list[list[tuple[ItemPath, bytes]]] = [[] for _ in range(len(inputs))]
+        self.made: list[list[tuple[ItemPath, Any]]] = [[] for _ in range(len(inputs))]
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
     async def run(self) -> ChunkResult:
@@ -599,7 +602,7 @@ class _Call:
             if self.chain.pipeline.sink is None:
                 return
         paths = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
-        encode, made = encode_row if self.chain.is_last else _pickled, self.made
+        encode, made = self.chain.packer.row if self.chain.is_last else _pickled, self.made
         for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
             try:
                 made[slot].append((paths[path], encode(item)))
@@ -609,14 +612,15 @@ class _Call:
 
     def _finish(self, result: ChunkResult) -> None:
         self._check_files()
+        table = self._check_fit() if self.chain.is_last else None
         result.failures = [self.failures[slot] for slot in sorted(self.failures)]
         result.worked = sorted(self._worked())
         good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
         result.files = {slot: self.files[slot] for slot in good if slot in self.files}
         if self.chain.is_first and self.chain.is_last:
-            self._build_frame(result, good)
+            self._build_frame(result, good, table)
         elif self.chain.is_last:
-            result.rows = {slot: self.made[slot] for slot in good}
+            result.rows = {slot: _travelling(self.made[slot]) for slot in good}
         else:
             result.emitted = {slot: self.made[slot] for slot in good}
 
@@ -651,15 +655,33 @@ class _Call:
                     stage = self.stages[max(0, len(path) - self.chain.first)].name
                     self._fail(slot, stage, path, missing)
 
-    def _build_frame(self, result: ChunkResult, good: list[int]) -> None:
+    def _check_fit(self) -> Any:
+        """Fail the sources whose rows the sink cannot take; return what was made of the rest."""
+        good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
+        fit = self.chain.packer.fit({slot: self.made[slot] for slot in good})
+        for slot, error in fit.misfits.items():
+            self.counts[-1].failed += 1
+            self._fail(slot, self.stages[-1].name, self.made[slot][0][0], error)
+        return fit.table
+
+    def _build_frame(self, result: ChunkResult, good: list[int], table: Any) -> None:
         if not good:
             return
-        frame = FrameBuilder()
-        for slot in good:
-            frame.add(self.inputs.sources[slot], self.made[slot])
-            if slot in self.files:
-                frame.add_files(self.inputs.source_id(slot), self.files[slot])
-        result.frame, result.completed = frame.build(), len(good)
+        inputs, files = self.inputs, self.files
+        packed = [
+            Packed(inputs.sources[s], inputs.source_id(s), self.made[s], files.get(s, ()))
+            for s in good
+        ]
+        try:
+            result.frame = self.chain.packer.pack(packed, table)
+        except LocalStorageError as error:
+            result.refused = str(error)
+        result.completed = len(good)
+
+
+def _travelling(rows: list[tuple[ItemPath, Any]]) -> list[tuple[ItemPath, bytes]]:
+    """Return rows as they go to the driver."""
+    return [(path, row if isinstance(row, bytes) else _pickled(row)) for path, row in rows]
 
 
 def _pickled(item: Any) -> bytes:

@@ -42,8 +42,10 @@ from hpcresume.engine.pool import (
     WorkerRef,
 )
 from hpcresume.engine.queues import Chunk, GroupState, WorkerState
+from hpcresume.errors import LocalStorageError
 from hpcresume.ids import item_id
 from hpcresume.segment.segment import Failure, StageCount
+from hpcresume.sinks.packing import Packer, RowsPacker
 
 __all__ = ["Executor", "Feed", "Limits", "Listener", "StageBrokenError"]
 
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 
 MAX_STARTS_WITHOUT_WORK = 3
 _CALL_BYTES = 1 << 20
+_ROWS = RowsPacker()
 _QUEUE_AHEAD_S = 0.05
 
 
@@ -116,6 +119,7 @@ class Executor:
         suspects: Groups of sources that were in flight when a driver died.
         ran: How long earlier attempts ran on a source without finishing it, in seconds.
         has_sink: Whether the last stage's items are rows.
+        packer: Packs whole sources that come together here.
         clock: Monotonic seconds.
     """
 
@@ -131,6 +135,7 @@ class Executor:
         suspects: Sequence[BitMap] = (),
         ran: Mapping[int, float] | None = None,
         has_sink: bool = True,
+        packer: Packer = _ROWS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._listener, self._limits = pool, listener, limits
@@ -155,7 +160,13 @@ class Executor:
         )
         # With one group its workers build the frames, and nothing travels.
         self._assembly = (
-            Assembly(limits.chunk_max, listener.completed, self._admission.pace, clock)
+            Assembly(
+                limits.chunk_max,
+                listener.completed,
+                self._admission.pace,
+                clock,
+                packer,
+            )
             if len(groups) > 1
             else None
         )
@@ -391,6 +402,8 @@ class Executor:
             return
         chunk, worker = entry
         worker.calls.remove(event.call)
+        if event.result.refused is not None:
+            raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
         if result.broken is not None:
             self._broken(state, worker, chunk, result.broken)

@@ -120,11 +120,13 @@ class InlinePool:
         run_id: str,
         scratch: Path,
         outputs: Path | None,
+        parts: str = "",
         seconds_left: Callable[[], float | None],
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.oom_deaths = 0
         self._on_error = on_error
+        self._parts = parts
         self._pipeline, self._groups, self._run_id = pipeline, groups, run_id
         self._scratch, self._outputs, self._seconds_left = scratch, outputs, seconds_left
         self._chains: dict[WorkerRef, Chain] = {}
@@ -139,6 +141,7 @@ class InlinePool:
             run_id=self._run_id,
             scratch=self._scratch,
             outputs=self._outputs,
+            parts=self._parts,
             worker=Worker(
                 index=worker.index,
                 cpus=group.cpus,

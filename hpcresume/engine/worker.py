@@ -36,6 +36,7 @@ class WorkerSetup:
         gpus: GPUs it holds.
         scratch: Node-local directory of the attempt.
         outputs: Node-local root for files of ``ctx.output``.
+        parts: Node-local directory for blobs of ``hr.Parts``.
         mark: Path of the worker's mark; next to it, ``.fault`` holds its last words.
         local: Node-local directory of the attempt, where its deadline stands.
     """
@@ -49,6 +50,7 @@ class WorkerSetup:
     gpus: float
     scratch: str
     outputs: str
+    parts: str
     mark: str
     local: str
 
@@ -87,6 +89,7 @@ class StageWorker:
             run_id=setup.run_id,
             scratch=scratch,
             outputs=Path(setup.outputs),
+            parts=setup.parts,
             worker=Worker(
                 index=setup.index, cpus=setup.cpus, gpus=setup.gpus, scratch=scratch / name
             ),

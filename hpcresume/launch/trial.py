@@ -30,6 +30,7 @@ from pyroaring import BitMap
 from hpcresume.config import Settings, load_settings
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
+from hpcresume.engine.packing import make_driver_packer
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
@@ -41,7 +42,7 @@ from hpcresume.launch.trial_report import StageMeasure, TrialReport, TrialRow, T
 from hpcresume.launch.trial_sample import Sample, SampleFeed, named, spread
 from hpcresume.pipeline.load import LoadedPipeline, write_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.segment.frame import decode_frame
+from hpcresume.results.rows import frame_of_blob
 from hpcresume.segment.segment import Failure, StageCount
 from hpcresume.task.allocation import read_allocation
 from hpcresume.task.scratch import make_ray_temp
@@ -138,11 +139,13 @@ class _Results:
         sample: The sources.
         stages: The stages' names.
         original: Puts the user's paths in place of those of the copy that workers run.
+        parts: Directory of the blobs of ``hr.Parts``.
     """
 
     sample: Sample
     stages: list[str]
     original: Callable[[str], str]
+    parts: str
     rows: list[TrialRow] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -159,7 +162,7 @@ class _Results:
     def completed(self, frame: bytes, sources: int) -> None:
         """Keep the first rows of each completed source."""
         del sources
-        found = decode_frame(frame, what="a chunk of the trial")
+        found = frame_of_blob(frame, self.parts)
         slots = {index: slot for slot, index in enumerate(self.sample.indices)}
         paths = iter(found.paths())
         for index, data in found.sources():
@@ -208,7 +211,7 @@ class _Bench:
         self._allocation = read_allocation(os.environ)
         self._run_id = new_run_id()
         names = [stage.name for stage in self.pipeline.stages]
-        self._results = _Results(self.sample, names, self._original)
+        self._results = _Results(self.sample, names, self._original, str(self.place / "parts"))
         self._start_s: float | None = None
         self._stopped = ""
 
@@ -246,7 +249,8 @@ class _Bench:
         )
         has_sink = self.pipeline.sink is not None
         feed = SampleFeed(self.sample)
-        return Executor(groups, pool, feed, self._results, limits, has_sink=has_sink)
+        packer = make_driver_packer(self.pipeline.sink, self._results.parts)
+        return Executor(groups, pool, feed, self._results, limits, has_sink=has_sink, packer=packer)
 
     def _execute(
         self,
@@ -285,6 +289,7 @@ class _Bench:
             run_id=self._run_id,
             scratch=self.place / "scratch",
             outputs=self.place / "outputs",
+            parts=str(self.place / "parts"),
             seconds_left=lambda: None,
             on_error=self.on_error,
         )
@@ -310,6 +315,7 @@ class _Bench:
                 gpus=group.gpus,
                 scratch=str(self.place / "scratch"),
                 outputs=str(self.place / "outputs"),
+                parts=str(self.place / "parts"),
                 mark=mark,
                 local=str(self.place),
             )
@@ -406,7 +412,7 @@ def _measure(count: StageCount, peak_memory_bytes: int | None) -> StageMeasure:
 def _workplace() -> Iterator[Path]:
     """Yield a temporary directory, removed at the end, also where SIGTERM is that end."""
     path = Path(tempfile.mkdtemp(prefix="hpcresume-trial-"))
-    for name in ("scratch", "outputs", "marks"):
+    for name in ("scratch", "outputs", "parts", "marks"):
         (path / name).mkdir(mode=0o700)
     try:
         with _sigterm_interrupts():

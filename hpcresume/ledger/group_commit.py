@@ -6,8 +6,11 @@ in-flight marks are written at once.  The thread is the only writer of the ledge
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
+from collections import deque
 
 from hpcresume.errors import HpcResumeError, InternalError, describe
 from hpcresume.ledger.store import Batch, Ledger, LedgerState
@@ -34,6 +37,7 @@ class GroupCommitter:
         self._added = self._done = self._marked = 0
         self._urgent = self._noted = self._closing = False
         self._error: HpcResumeError | None = None
+        self._blobs: deque[tuple[int, list[str]]] = deque()
         self.committed_seq = ledger.last_sequence()
         self.committed_sources = 0
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -43,12 +47,23 @@ class GroupCommitter:
         self,
         *,
         frame: bytes | None = None,
+        blob: str | None = None,
+        blob_bytes: int = 0,
         sources: int = 0,
         failures: list[Failure] | None = None,
         unmark: int | None = None,
         state: LedgerState | None = None,
     ) -> None:
         """Add results to the next commit; blocks while two commits' worth are waiting.
+
+        Args:
+            frame: A chunk of completed sources.
+            blob: Path of the file that its rows lie in, if they are not in the frame.
+            blob_bytes: Size of that file.
+            sources: How many sources are completed.
+            failures: Failed tries.
+            unmark: A call that is over.
+            state: Counters and progress.
 
         Raises:
             HpcResumeError: An earlier commit failed; nothing more is accepted.
@@ -60,7 +75,9 @@ class GroupCommitter:
             self._accept()
             if frame is not None:
                 self._batch.frames.append(frame)
-                self._batch_bytes += len(frame)
+                self._batch_bytes += len(frame) + blob_bytes
+                if blob is not None:
+                    self._batch.blobs.append(blob)
                 self._batch_sources += sources
             if failures:
                 self._batch.failures.extend(failures)
@@ -169,6 +186,7 @@ class GroupCommitter:
                 self._condition.notify_all()
         if release:
             self._ledger.release(release)
+            self._remove_blobs(release)
         # Notes do not wait for results, nor for the disk: only a death of ours reads them.
         if notes.mark or notes.state is not None:
             self._ledger.commit(notes)
@@ -179,9 +197,18 @@ class GroupCommitter:
             sequence = self._ledger.commit(batch)
             with self._condition:
                 self.committed_seq, self._done = sequence, added
+                if batch.blobs:
+                    self._blobs.append((sequence, batch.blobs))
                 self.committed_sources += sources
                 self._condition.notify_all()
         return closing and self._added == added
+
+    def _remove_blobs(self, last: int) -> None:
+        while self._blobs and self._blobs[0][0] <= last:
+            for path in self._blobs.popleft()[1]:
+                # The attempt's directory is removed at its end in any case.
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def _fail(self, error: HpcResumeError) -> None:
         with self._condition:

@@ -27,16 +27,16 @@ The promise to the user, clause by clause:
 14. Not promised: exactly-once execution, protection from the user's own account, from root,
     from a file server that lies about fsync, or from loss of the run directory.
 
-Order within one call: files that belong to sources first, each published on its own, then
-the segment that says the sources are complete.  A kill in between leaves files that no
-segment mentions.
+Order within one call: the part that holds the rows, where the sink is ``hr.Parts``, then files
+that belong to sources, each published on its own, then the segment that says the sources are
+complete.  A kill in between leaves files that no segment mentions.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -44,7 +44,8 @@ import msgspec
 from hpcresume.errors import InternalError, LocalStorageError
 from hpcresume.fs import POSIX, FileSystem, Receipt, publish, storage_errors
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex, source_digest
-from hpcresume.ledger.store import InFlight, Ledger
+from hpcresume.ledger.parts import Part
+from hpcresume.ledger.store import Commit, InFlight, Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
@@ -100,6 +101,7 @@ def publish_pending(
     after: int = 0,
     max_bytes: int = 256 << 20,
     outputs_root: str | None = None,
+    parts_root: str | None = None,
     death: Death | None = None,
     interrupted_at: float | None = None,
 ) -> PublishReceipt:
@@ -113,6 +115,7 @@ def publish_pending(
         after: Commits up to this one are published already.
         max_bytes: Start no further commit beyond this size; call again for the rest.
         outputs_root: Node-local directory with the files of ``ctx.output``.
+        parts_root: Node-local directory with the blobs of ``hr.Parts``.
         death: How the ledger's driver died: what was in flight is recorded; None: it did not.
         interrupted_at: When the attempt had to stop, on the node's monotonic clock: record how
             long the sources in flight had been worked on.
@@ -131,17 +134,21 @@ def publish_pending(
     writer = footer.writer
     ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
     covered = after
+    commits: Iterable[tuple[int, Commit]] = ledger.pending(after=after, limit_bytes=max_bytes)
+    run.ensure(run.attempt_path(ref))
+    if parts_root is not None and ledger.identity().has_parts:
+        part = Part(commits, parts_root, max_bytes=max_bytes)
+        footer.part, commits = part.publish(run, ref, seq=seq), part.commits
 
     def frames() -> Iterator[bytes]:
         nonlocal covered
-        for sequence, commit in ledger.pending(after=after, limit_bytes=max_bytes):
+        for sequence, commit in commits:
             for frame in commit.frames:
                 _publish_files(run, ref, frame, outputs_root)
                 yield frame
             failures.extend(commit.failures)
             covered = sequence
 
-    run.ensure(run.attempt_path(ref))
     name = f"seg-{seq:06d}-{secrets.token_hex(8)}"
     receipt = publish(
         run.fs,
@@ -149,8 +156,7 @@ def publish_pending(
         encode_segment(footer, frames(), failures),
         label="segment",
     )
-    sources = sum(count for _, _, count in footer.chunks)
-    return PublishReceipt(covered, seq, name, sources, receipt.size_bytes, receipt.digest)
+    return PublishReceipt(covered, seq, name, footer.sources(), receipt.size_bytes, receipt.digest)
 
 
 def _suspects(ledger: Ledger) -> list[InFlight]:

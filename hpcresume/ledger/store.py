@@ -55,12 +55,14 @@ class LedgerIdentity(msgspec.Struct, frozen=True):
         writer: Round, task and epoch.
         code: Number of the code snapshot.
         stage_names: Names of the stages.
+        has_parts: Whether rows lie in blobs beside the ledger, and become parts.
     """
 
     run_id: str
     writer: Writer
     code: int
     stage_names: list[str]
+    has_parts: bool = False
 
 
 class LedgerState(msgspec.Struct):
@@ -89,6 +91,7 @@ class Batch:
     mark: dict[int, bytes] = field(default_factory=dict)
     unmark: list[int] = field(default_factory=list)
     state: LedgerState | None = None
+    blobs: list[str] = field(default_factory=list)
 
     @property
     def size_bytes(self) -> int:
@@ -213,6 +216,9 @@ class Ledger:
             LocalStorageError: The disk is full; the transaction is rolled back and nothing
                 that was committed before is affected.
         """
+        # A commit on disk must not name rows that are not.
+        for path in batch.blobs:
+            self._sync_blob(path)
         sequence = self._write(lambda txn: self._put(txn, batch))
         if batch.durable:
             self._sync()
@@ -225,6 +231,16 @@ class Ledger:
             failpoint("ledger.after_commit")
         except (OSError, lmdb.Error) as error:
             raise _disk_error(self.path, error) from error
+
+    def _sync_blob(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _disk_error(path, error) from error
 
     def _put(self, txn: lmdb.Transaction, batch: Batch) -> int:
         cursor = txn.cursor(self._commits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,55 @@ class Rows:
         return {"kind": "rows"}
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Sink for bulk results: files of JSON lines or Parquet, published whole.
+
+    A row is a JSON value (``jsonl``), or a dict or a ``pyarrow.RecordBatch`` or ``Table``
+    (``parquet``).
+
+    Args:
+        format: ``jsonl`` or ``parquet``.
+        schema: For Parquet: a ``pyarrow.Schema``, or ``{column: type}`` with types as pyarrow
+            names them; None: that of the first rows.
+        size: Most bytes of one part.
+
+    Raises:
+        PipelineError: An argument cannot be right.
+    """
+
+    format: str
+    schema: Any = None
+    size: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if self.format not in ("jsonl", "parquet"):
+            raise PipelineError(f"Parts({self.format!r}): give 'jsonl' or 'parquet'.")
+        if self.schema is not None and self.format == "jsonl":
+            raise PipelineError("Parts('jsonl') takes no schema: JSON lines have none.")
+        if not isinstance(self.size, int) or self.size <= 0:
+            raise PipelineError(f"Parts(size={self.size!r}): give a number of bytes above 0.")
+        if not (self.schema is None or self._columns()):
+            raise PipelineError(
+                f"Parts(schema={self.schema!r}): give a pyarrow.Schema with columns, "
+                "or a dict of column and type, such as {'text': 'string', 'n': 'int64'}."
+            )
+
+    def _columns(self) -> dict[str, str]:
+        if isinstance(self.schema, Mapping):
+            return {str(name): str(kind) for name, kind in self.schema.items()}
+        fields = self.schema if hasattr(self.schema, "metadata") else ()
+        return {field.name: str(field.type) for field in fields}
+
+    def describe(self) -> dict[str, Any]:
+        """Return this sink as JSON values, for the run's fingerprint."""
+        schema = None if self.schema is None else self._columns()
+        return {"kind": "parts", "format": self.format, "schema": schema, "size": self.size}
+
+
+Sink = Rows | Parts
+
+
 class Pipeline:
     """Stages that every source goes through, and where the results go.
 
@@ -36,7 +85,8 @@ class Pipeline:
         name: Names runs, job arrays and files; letters, digits, ``.``, ``_``, ``-``.
         sources: What :func:`~hpcresume.pipeline.sources.as_sources` takes.
         stages: Functions, callables and :class:`Stage` objects, in order.
-        sink: :class:`Rows`, or None for stages that are run for their side effects.
+        sink: :class:`Rows`, :class:`Parts`, or None for stages that are run for their side
+            effects.
         finish: Runs once over the finished run; for steps that need all results.
         tolerate: Share of sources, from 0 to below 1, that may end quarantined in a
             run that still counts as complete.
@@ -56,7 +106,7 @@ class Pipeline:
         name: str,
         sources: object,
         stages: Sequence[object],
-        sink: Rows | None = Rows(),
+        sink: Sink | None = Rows(),
         *,
         finish: Finish | None = None,
         tolerate: float = 0.0,
@@ -150,9 +200,11 @@ def _renamed(stage: Stage, name: str) -> Stage:
     return renamed
 
 
-def _checked_sink(sink: Rows | None) -> Rows | None:
-    if sink is not None and not isinstance(sink, Rows):
-        raise PipelineError(f"sink={sink!r} is not a sink. Give Rows(), or None for no results.")
+def _checked_sink(sink: Sink | None) -> Sink | None:
+    if sink is not None and not isinstance(sink, Rows | Parts):
+        raise PipelineError(
+            f"sink={sink!r} is not a sink. Give Rows(), Parts(...), or None for no results."
+        )
     return sink
 
 

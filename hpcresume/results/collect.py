@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 import orjson
 from pyroaring import BitMap
@@ -34,6 +34,11 @@ from hpcresume.results.rows import (
 )
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
+from hpcresume.segment.frame import PARQUET
+from hpcresume.sinks.parquet import require_pyarrow
+
+if TYPE_CHECKING:
+    from hpcresume.results.parquet import ParquetTables
 
 Progress = Callable[[int, int], None]
 """Called with the sources written so far and how many there are to write."""
@@ -73,6 +78,7 @@ class CollectReport:
         return self.missing == 0 and self.quarantined <= self.tolerated
 
 
+@runtime_checkable
 class RowWriter(Protocol):
     """A format that a result is written in."""
 
@@ -96,6 +102,10 @@ class JsonLines:
     def close(self) -> None:
         """Flush what is buffered."""
         self._file.flush()
+
+
+OpenWriter = Callable[[str, BinaryIO, Union], "RowWriter | ParquetTables"]
+"""Opens a writer on a temporary file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +155,13 @@ def collect(
         ConfigError: Parquet is asked for and pyarrow is not installed.
         SharedStorageError: A segment cannot be read, or ``output`` not be written.
     """
-    open_writer = _format_of(output)
+    open_writer = _format_of(run, output, with_source=with_source)
+    if output.is_dir():
+        raise UsageError(
+            f"{output} is a directory, so no file of that name can be written. "
+            "Name another file; a directory is written with --layout parts.",
+            path=str(output),
+        )
     if not output.parent.is_dir():
         raise UsageError(
             f"{output.parent} is not a directory, so {output} cannot be written. "
@@ -178,15 +194,14 @@ class _Job:
     linker: FileLinker | None
     on_progress: Progress | None
 
-    def write(self, temporary: str, open_writer: Callable[[str, BinaryIO], RowWriter]) -> int:
+    def write(self, temporary: str, open_writer: OpenWriter) -> int:
         """Write all rows and return how many there were."""
         scope = scope_of(self.manifest, self.union)
         rows = sources = 0
         with open(temporary, "xb", buffering=1 << 20) as file:
-            writer = open_writer(temporary, file)
+            writer = open_writer(temporary, file, self.union)
             for span in spans(self.run, self.union, self.manifest):
-                writer.write(self._encode(span))
-                rows += span.rows.count(b"\n")
+                rows += self._write_span(writer, span)
                 sources += len(span.sources)
                 if self.on_progress is not None:
                     self.on_progress(sources, len(scope.completed))
@@ -194,6 +209,16 @@ class _Job:
             file.flush()
             os.fsync(file.fileno())
         return rows
+
+    def _write_span(self, writer: RowWriter | ParquetTables, span: Span) -> int:
+        if not isinstance(writer, RowWriter):
+            if self.linker is not None and span.origin.has_files():
+                for source, _ in span.by_source():
+                    self.linker.link(self.manifest.entry(source).source_id, span.origin)
+            return writer.write_span(span)
+        lines = self._encode(span)
+        writer.write(lines)
+        return lines.count(b"\n")
 
     def _encode(self, span: Span) -> bytes:
         if not self.with_source and (self.linker is None or not span.origin.has_files()):
@@ -211,19 +236,40 @@ class _Job:
         self, output: Path, *, rows: int, size_bytes: int, damaged: tuple[str, ...]
     ) -> CollectReport:
         """Return the report of what was written."""
-        scope = scope_of(self.manifest, self.union)
-        return CollectReport(
+        return report_on(
+            self.run,
+            scope_of(self.manifest, self.union),
             output=str(output),
             rows=rows,
-            sources=len(scope.completed),
-            total=scope.wanted,
-            missing=scope.wanted - len(scope.completed) - len(scope.quarantined),
-            quarantined=len(scope.quarantined),
-            tolerated=self.run.tolerated(scope.wanted),
             size_bytes=size_bytes,
-            files=self.linker.count if self.linker is not None else 0,
             damaged=damaged,
+            files=self.linker.count if self.linker is not None else 0,
         )
+
+
+def report_on(
+    run: RunDir,
+    scope: Scope,
+    *,
+    output: str,
+    rows: int,
+    size_bytes: int,
+    damaged: tuple[str, ...],
+    files: int = 0,
+) -> CollectReport:
+    """Return the report of a result that was written."""
+    return CollectReport(
+        output=output,
+        rows=rows,
+        sources=len(scope.completed),
+        total=scope.wanted,
+        missing=scope.wanted - len(scope.completed) - len(scope.quarantined),
+        quarantined=len(scope.quarantined),
+        tolerated=run.tolerated(scope.wanted),
+        size_bytes=size_bytes,
+        files=files,
+        damaged=damaged,
+    )
 
 
 def wrap_rows(source_id: str, source: SourceRows) -> Iterator[bytes]:
@@ -234,14 +280,16 @@ def wrap_rows(source_id: str, source: SourceRows) -> Iterator[bytes]:
         yield head + row + b"}\n"
 
 
-def _format_of(output: Path) -> Callable[[str, BinaryIO], RowWriter]:
+def _format_of(run: RunDir, output: Path, *, with_source: bool) -> OpenWriter:
     if output.suffix == ".jsonl":
-        return lambda _path, file: JsonLines(file)
+        return lambda _path, file, _union: JsonLines(file)
     if output.suffix == ".parquet":
-        from hpcresume.results.parquet import ParquetRows, require_pyarrow
+        require_pyarrow(f"write {output}")
+        from hpcresume.results.parquet import ParquetRows, ParquetTables, schema_of
 
-        require_pyarrow(output)
-        return ParquetRows
+        if run.part_format() == PARQUET and not with_source:
+            return lambda _path, file, union: ParquetTables(file, schema_of(run, union))
+        return lambda path, file, _union: ParquetRows(path, file)
     raise UsageError(
         f"{output} ends in neither .jsonl nor .parquet. "
         "The suffix says in which format the rows are written. Give one of the two.",

@@ -77,7 +77,7 @@ def _place(original: str, target: Path) -> None:
             return
         temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         try:
-            _link_or_copy(original, temporary)
+            link_or_copy(original, temporary)
             os.replace(temporary, target)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -91,7 +91,8 @@ def _place(original: str, target: Path) -> None:
         ) from error
 
 
-def _link_or_copy(original: str, target: Path) -> None:
+def link_or_copy(original: str, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system cannot."""
     try:
         os.link(original, target)
     except OSError as error:

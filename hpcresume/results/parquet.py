@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
-from hpcresume.errors import ConfigError, UsageError
+from hpcresume.errors import UsageError
+from hpcresume.merge.generation import Folded, Union
+from hpcresume.results.rows import BadSegments, Span
+from hpcresume.run.directory import RunDir
+from hpcresume.segment.frame import PARQUET
+from hpcresume.segment.parquet_footer import whole
+from hpcresume.segment.segment import open_segment
+from hpcresume.sinks.parquet import read_schema
 
 BATCH_ROWS = 16_384
-
-
-def require_pyarrow(output: Path) -> None:
-    """Refuse Parquet where pyarrow is not installed.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"cannot write {output}: pyarrow is not installed. Parquet is written with it. "
-            "Install the extra: pip install 'hpcresume[parquet]', or collect to a .jsonl file.",
-            path=str(output),
-        ) from error
+_GROUP_ROWS = 1 << 17
 
 
 class ParquetRows:
@@ -88,6 +79,94 @@ class ParquetRows:
     def _read(self) -> Iterator[list[bytes]]:
         for count in self._batches:
             yield [self._spool.readline() for _ in range(count)]
+
+
+class ParquetTables:
+    """Writes the rows of Parquet parts as Parquet, without making Python objects of them.
+
+    Args:
+        file: Where to.
+        schema: Of all rows.
+    """
+
+    def __init__(self, file: BinaryIO, schema: Any) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = schema
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._tables: list[Any] = []
+        self._rows = 0
+
+    def write_span(self, span: Span) -> int:
+        """Write the rows of a span and return how many there were."""
+        if not span.origin.parquet:
+            return 0
+        table = span.origin.table(span.sources)
+        self._tables.append(fitted(table, self._schema))
+        self._rows += table.num_rows
+        if self._rows >= _GROUP_ROWS:
+            self._flush()
+        return int(table.num_rows)
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._tables:
+            self._writer.write_table(pa.concat_tables(self._tables), row_group_size=_GROUP_ROWS)
+        self._tables, self._rows = [], 0
+
+    def close(self) -> None:
+        """Write what is left; the file is whole afterwards."""
+        self._flush()
+        self._writer.close()
+
+
+def fitted(table: Any, schema: Any) -> Any:
+    """Return a table with a run's schema: columns that it lacks are null.
+
+    Raises:
+        UsageError: A column cannot be converted.
+    """
+    import pyarrow as pa
+
+    if table.schema.equals(schema):
+        return table
+    try:
+        columns = [
+            table.column(field.name).cast(field.type)
+            if field.name in table.column_names
+            else pa.nulls(table.num_rows, field.type)
+            for field in schema
+        ]
+    except pa.ArrowException as error:
+        raise _no_schema(error) from error
+    return pa.table(columns, schema=schema)
+
+
+def schema_of(run: RunDir, union: Union) -> Any:
+    """Return the schema of all parts of a run that hold results; an empty one without any.
+
+    Raises:
+        BadSegmentError: A segment is damaged.
+        UsageError: Attempts inferred schemas that no common one holds.
+    """
+    import pyarrow as pa
+
+    footers: set[bytes] = set()
+    for (writer, name), won in union.won.items():
+        if won:
+            found = Folded(writer, name, 0).segment_name()
+            with BadSegments(run, found):
+                segment = open_segment(run.fs, run.segment_path(found), run_id=run.run_id)
+                blobs = (segment.frame(number).blob for number in segment.frame_numbers())
+                blob = next((blob for blob in blobs if blob is not None), None)
+            if blob is not None and blob.format == PARQUET:
+                footers.add(blob.footer)
+    schemas = [read_schema(whole(b"", footer)) for footer in sorted(footers)]
+    try:
+        return pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")
+    except (pa.ArrowException, TypeError) as error:
+        raise _no_schema(error) from error
 
 
 def _objects(lines: list[bytes]) -> list[dict[str, Any]]:

@@ -12,10 +12,13 @@ A frame that fails its CRC raises :class:`BadSegmentError`, which names the segm
 from __future__ import annotations
 
 import heapq
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import orjson
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError, RunDirError
@@ -31,8 +34,10 @@ from hpcresume.merge.generation import (
 from hpcresume.merge.plan import newest_plan
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Manifest
-from hpcresume.segment.frame import Frame
+from hpcresume.segment.frame import PARQUET, Frame, decode_frame
+from hpcresume.segment.parquet_footer import whole
 from hpcresume.segment.segment import Segment, open_segment
+from hpcresume.sinks.parquet import read_table, table_lines
 
 OPEN_BYTES = 256 << 20
 DEFAULT_MAX_ATTEMPTS = 3
@@ -55,35 +60,62 @@ class RowSlice(NamedTuple):
 
 @dataclass
 class LoadedFrame:
-    """A frame in memory, with the sources that are taken from it."""
+    """A frame in memory, with the sources that are taken from it.
+
+    Attributes:
+        segment: The segment it is of.
+        stage_names: Names of the stages, for item ids.
+        columns: The frame; of Parquet its rows are in ``parquet``, and counted.
+        kept: The sources that are taken from it.
+        parquet: Its rows as a Parquet file by themselves; empty where they are JSON lines.
+    """
 
     segment: SegmentName
     stage_names: list[str]
-    frame: Frame
+    columns: Frame
     kept: BitMap
+    parquet: bytes = b""
+    _lines: Frame | None = None
     _slices: dict[int, RowSlice] = field(default_factory=dict)
     _paths: list[ItemPath] | None = None
     _files: dict[str, list[tuple[str, str]]] | None = None
 
+    @property
+    def frame(self) -> Frame:
+        """The frame with its rows as JSON lines."""
+        if not self.parquet:
+            return self.columns
+        if self._lines is None:
+            self._lines = as_lines(self.columns, table_lines(self.table()))
+        return self._lines
+
+    def table(self, sources: BitMap | None = None) -> Any:
+        """Return the rows of some of its sources as a table; of all of them by default."""
+        table = read_table(self.parquet)
+        if sources is None or sources == self.columns.completed:
+            return table
+        keep = (range(start, end) for i, start, end in self.columns.extents() if i in sources)
+        return table.take(list(itertools.chain.from_iterable(keep)))
+
     def slices(self) -> dict[int, RowSlice]:
         """Return where each source's rows lie."""
         if not self._slices:
-            at = line = 0
-            for index, rows in self.frame.sources():
-                self._slices[index] = RowSlice(at, at + len(rows), line)
-                at, line = at + len(rows), line + rows.count(b"\n")
+            line = 0
+            for index, start, end in self.frame.extents():
+                self._slices[index] = RowSlice(start, end, line)
+                line += self.frame.rows.count(b"\n", start, end)
         return self._slices
 
     def paths(self) -> list[ItemPath]:
         """Return the item path of every line of the frame."""
         if self._paths is None:
-            self._paths = self.frame.paths()
+            self._paths = self.columns.paths()
         return self._paths
 
     def has_files(self) -> bool:
         """Tell whether any source of the frame has files."""
         if self._files is None:
-            self._files = self.frame.files()
+            self._files = self.columns.files()
         return bool(self._files)
 
     def files(self, source_id: str) -> list[tuple[str, str]]:
@@ -114,13 +146,34 @@ class Span:
 
     Attributes:
         sources: Their indices, ascending.
-        rows: All their rows, each ending in a newline.
         origin: The frame.
     """
 
     sources: BitMap
-    rows: bytes
     origin: LoadedFrame
+
+    @property
+    def rows(self) -> bytes:
+        """All their rows, each ending in a newline."""
+        frame = self.origin.frame
+        if len(self.sources) == len(frame.completed):
+            return frame.rows
+        return _rows_of(self.origin, self.sources)
+
+    def objects(self) -> Iterator[Any]:
+        """Yield their rows, decoded."""
+        if self.origin.parquet:
+            return iter(self.origin.table(self.sources).to_pylist())
+        return map(orjson.loads, self.rows.splitlines())
+
+    def by_source(self) -> Iterator[tuple[int, list[ItemPath]]]:
+        """Yield each source with the item that each of its rows is."""
+        origin, paths, line = self.origin, self.origin.paths(), 0
+        for index, start, end in origin.columns.extents():
+            rows = end - start if origin.parquet else origin.columns.rows.count(b"\n", start, end)
+            if index in self.sources:
+                yield index, paths[line : line + rows]
+            line += rows
 
     def each(self) -> Iterator[SourceRows]:
         """Yield the sources one by one."""
@@ -143,19 +196,19 @@ class _SegmentCursor:
 
     def open(self) -> Segment:
         if self.opened is None:
-            with _BadSegment(self.run, self.name):
+            with BadSegments(self.run, self.name):
                 path = self.run.segment_path(self.name)
                 self.opened = open_segment(self.run.fs, path, run_id=self.run.run_id)
         return self.opened
 
     def read(self, number: int, kept: BitMap | None) -> LoadedFrame:
         segment = self.open()
-        with _BadSegment(self.run, self.name):
-            frame = segment.frame(number)
+        with BadSegments(self.run, self.name):
+            frame, parquet = read_frame(segment, number)
         if kept is None:
             kept = frame.completed & self.won
             self.won -= kept
-        return LoadedFrame(self.name, segment.footer.stage_names, frame, kept)
+        return LoadedFrame(self.name, segment.footer.stage_names, frame, kept, parquet)
 
 
 @dataclass
@@ -170,7 +223,9 @@ class _FrameCursor:
 
     @property
     def size_bytes(self) -> int:
-        return self.owner.open().container.blocks[self.number].length
+        if self.loaded is None:
+            return self.owner.open().container.blocks[self.number].length
+        return len(self.loaded.columns.rows) + len(self.loaded.parquet)
 
     def load(self) -> LoadedFrame:
         if self.loaded is None:
@@ -186,9 +241,7 @@ class _FrameCursor:
         assert rest
         taken = rest if limit is None else rest & BitMap(range(rest[0], max(limit, rest[0] + 1)))
         self.rest = rest - taken
-        if len(taken) == len(loaded.frame.completed):
-            return Span(taken, loaded.frame.rows, loaded)
-        return Span(taken, _rows_of(loaded, taken), loaded)
+        return Span(taken, loaded)
 
 
 def _rows_of(loaded: LoadedFrame, sources: BitMap) -> bytes:
@@ -196,7 +249,48 @@ def _rows_of(loaded: LoadedFrame, sources: BitMap) -> bytes:
     return b"".join([rows[slices[i].start : slices[i].end] for i in sources])
 
 
-class _BadSegment:
+def as_lines(frame: Frame, rows: list[bytes]) -> Frame:
+    """Return a frame of counted rows with these rows as JSON lines."""
+    bounds = [0, *itertools.accumulate(len(row) + 1 for row in rows)]
+    ends = [bounds[end] for _, _, end in frame.extents()]
+    return frame.with_lines(b"".join([row + b"\n" for row in rows]), ends)
+
+
+def frame_of_blob(data: bytes, root: str) -> Frame:
+    """Return a worker's frame with its rows as JSON lines for people, wherever they lie.
+
+    Args:
+        data: The frame.
+        root: Directory of the blobs.
+    """
+    frame = decode_frame(data, what="a worker's frame")
+    if frame.blob is None:
+        return frame
+    with open(os.path.join(root, frame.blob.file), "rb") as file:
+        rows = file.read()
+    if frame.blob.format == PARQUET:
+        table = read_table(whole(rows, frame.blob.footer))
+        return as_lines(frame, table_lines(table, bytes_as_text=True))
+    return frame.with_lines(rows)
+
+
+def read_frame(segment: Segment, number: int) -> tuple[Frame, bytes]:
+    """Return a frame with its rows, and these as a Parquet file where that is their format.
+
+    Raises:
+        CorruptDataError: The frame or its rows are damaged.
+        FileNotFoundError: The part with its rows is gone.
+    """
+    frame = segment.frame(number)
+    if frame.blob is None:
+        return frame, b""
+    data = segment.read_blob(frame)
+    if frame.blob.format == PARQUET:
+        return frame, whole(data, frame.blob.footer)
+    return frame.with_lines(data), b""
+
+
+class BadSegments:
     """Turns damage found while reading a segment into an error that names it."""
 
     def __init__(self, run: RunDir, name: SegmentName) -> None:
@@ -292,17 +386,18 @@ class _OpenFrames:
     def admit(self, cursor: _FrameCursor) -> None:
         if cursor.loaded is not None:
             return
+        # How much a frame holds is known once it is read, where its rows lie in a part.
+        cursor.load()
         while self._open and self._size_bytes + cursor.size_bytes > OPEN_BYTES:
             furthest = max(self._open, key=lambda c: c.rest[0] if c.rest else 0)
             self.leave(furthest)
-        cursor.load()
         self._open.append(cursor)
         self._size_bytes += cursor.size_bytes
 
     def leave(self, cursor: _FrameCursor) -> None:
-        cursor.loaded = None
         self._open.remove(cursor)
         self._size_bytes -= cursor.size_bytes
+        cursor.loaded = None
 
 
 def take_back_segment(run: RunDir, error: BadSegmentError) -> Union:

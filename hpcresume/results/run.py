@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from hpcresume.results.collect import wrap_rows
+from hpcresume.ids import item_id
 from hpcresume.results.rows import BadSegmentError, Span, spans, take_back_segment, union_of
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
@@ -42,8 +40,7 @@ class Run:
         manifest, union = Manifest.open(self._run), union_of(self._run)
         try:
             for span in spans(self._run, union, manifest):
-                lines = _wrapped(span, manifest) if with_source else span.rows.splitlines()
-                yield from map(orjson.loads, lines)
+                yield from _wrapped(span, manifest) if with_source else span.objects()
         except BadSegmentError as error:
             take_back_segment(self._run, error)
             raise
@@ -55,6 +52,10 @@ class Run:
         return read_status(self._run).to_dict()
 
 
-def _wrapped(span: Span, manifest: Manifest) -> Iterator[bytes]:
-    for source in span.each():
-        yield from wrap_rows(manifest.entry(source.source).source_id, source)
+def _wrapped(span: Span, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    rows = span.objects()
+    for index, paths in span.by_source():
+        source_id = manifest.entry(index).source_id
+        for path in paths:
+            item = item_id(source_id, span.origin.stage_names, path)
+            yield {"source": source_id, "item": item, "row": next(rows)}

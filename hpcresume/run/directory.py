@@ -13,10 +13,12 @@
       rounds/0000/jobs/*.json      what was submitted for it
       rounds/0000/submit/          the launcher's script and pickle
       rounds/0000/logs/            output of the array tasks and of the merge job
-      rounds/0000/tasks/00000/e001/  one attempt: attempt.json, segments, outcome.json, files/
+      rounds/0000/tasks/00000/e001/  one attempt: attempt.json, segments and parts, files/,
+                                   outcome.json
       merge/gen-000001             what is done, as of one merge
       control/0001-stop            stop and resume marks; the highest number counts
       control/accepted-0001        a fingerprint that replaces run.json's, as the user accepted
+      schema                       of Parquet parts, where none was given; the first one counts
       finish/                      what Pipeline(finish=...) made
 
 Nothing here is ever overwritten or appended.  Every file has one writer.  Order never
@@ -297,6 +299,10 @@ class RunDir:
         """Return the numbers of the manifest's parts."""
         return _numbers(_PART, list_names(self.fs, self.join("manifest")))
 
+    def schema_path(self) -> str:
+        """Return the path of the schema that parts of Parquet share."""
+        return self.join("schema")
+
     def generation_path(self, number: int) -> str:
         """Return the path of a generation."""
         return self.join("merge", f"gen-{number:06d}")
@@ -371,6 +377,16 @@ class RunDir:
         """Return how many of ``total`` sources may end quarantined in a complete run."""
         # The tolerance is a decimal fraction: 0.07 of 100 must be 7, not 6.999 cut to 6.
         return int(float(self.fingerprint().get("tolerate", 0.0)) * total + 1e-9)
+
+    def part_bytes(self) -> int | None:
+        """Return the size at which a part of rows ends; None where the sink makes none."""
+        sink = self.fingerprint().get("sink") or {}
+        return int(sink["size"]) if sink.get("kind") == "parts" else None
+
+    def part_format(self) -> str:
+        """Return the format of its parts, empty where the sink makes none."""
+        sink = self.fingerprint().get("sink") or {}
+        return str(sink["format"]) if sink.get("kind") == "parts" else ""
 
     def accept_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Record a fingerprint that replaces the one before."""

@@ -14,6 +14,11 @@ have one path, else ``z`` and the deflated paths, one per row.  ``files`` is emp
 A frame is built once, in the worker, and never taken apart on its way: the ledger, the
 publisher and the merge step move it as bytes.  A segment is never merged in part, so rows
 have no checksum of their own.
+
+Where the sink is ``hr.Parts`` the rows lie in another file: the highest bit of ``n`` is set,
+and in place of rows stands a :class:`Blob` that says where.  ``row end`` then counts bytes of
+JSON lines, or rows of Parquet.  Publishing moves the rows into a part and makes the frame say
+so; nothing else of it changes.
 """
 
 from __future__ import annotations
@@ -40,6 +45,38 @@ _CRC = struct.Struct("<I")
 MAX_ROWS_BYTES = (1 << 32) - 1
 _MAX_PATHS_BYTES = 1 << 30
 _FILES = msgspec.json.Decoder(dict[str, list[tuple[str, str]]])
+_ELSEWHERE = 1 << 31
+JSONL, PARQUET = "jsonl", "parquet"
+
+
+class Blob(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of one frame that lie in a file of their own, then in a part.
+
+    Attributes:
+        format: ``jsonl`` or ``parquet``.
+        file: Name of the node-local file, then of the part beside the segment.
+        offset: Where the rows begin in it, in bytes; of Parquet, its pages.
+        length: Their bytes.
+        crc: CRC-32C of these bytes.
+        rows: How many rows they are.
+        footer: Footer that makes the pages a Parquet file by themselves.
+    """
+
+    format: str
+    file: str
+    offset: int
+    length: int
+    crc: int
+    rows: int
+    footer: bytes = b""
+
+    @property
+    def end(self) -> int:
+        """Where the last source's rows end, as the frame counts."""
+        return self.length if self.format == JSONL else self.rows
+
+
+_BLOB = msgspec.msgpack.Decoder(Blob)
 
 
 @dataclass(slots=True)
@@ -65,12 +102,25 @@ class FrameBuilder:
         self.indices.append(index)
         self.ends.append(self.size_bytes)
 
+    def add_counted(self, index: int, paths: Sequence[ItemPath]) -> None:
+        """Add a completed source whose rows lie elsewhere and are counted, one path for each."""
+        self.paths += paths
+        self.indices.append(index)
+        self.ends.append(len(self.paths))
+
     def add_files(self, source_id: str, files: Sequence[tuple[ItemPath, str]]) -> None:
         """Record the files that belong to a source, by item and name."""
         self.files[source_id] = [(encode_path(path), name) for path, name in files]
 
-    def build(self) -> bytes:
+    def lines(self) -> bytes:
+        """Return all rows, each ending in a newline."""
+        return b"\n".join(self.rows) + b"\n" if self.rows else b""
+
+    def build(self, blob: Blob | None = None) -> bytes:
         """Return the frame.
+
+        Args:
+            blob: Where its rows lie; None: in the frame.
 
         Raises:
             CorruptDataError: The rows exceed what one frame can address (4 GiB).
@@ -90,11 +140,15 @@ class FrameBuilder:
         paths = _encode_paths(self.paths)
         files = orjson.dumps(self.files) if self.files else b""
         n = len(self.indices)
-        head = _HEAD.pack(n, len(bitmap), len(paths), len(files))
+        flag = _ELSEWHERE if blob is not None else 0
+        head = _HEAD.pack(n | flag, len(bitmap), len(paths), len(files))
         ends = struct.pack(f"<{n}I", *self.ends)
-        rows = b"\n".join(self.rows) + b"\n" if self.rows else b""
-        body = b"".join((head, bitmap, ends, paths, files, rows))
-        return body + _CRC.pack(google_crc32c.value(body))
+        rows = self.lines() if blob is None else msgspec.msgpack.encode(blob)
+        return _sealed(b"".join((head, bitmap, ends, paths, files, rows)))
+
+
+def _sealed(body: bytes) -> bytes:
+    return body + _CRC.pack(google_crc32c.value(body))
 
 
 def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
@@ -112,7 +166,8 @@ class Frame:
 
     Attributes:
         completed: Indices of the completed sources.
-        rows: All rows, each ending in a newline.
+        rows: All rows, each ending in a newline; none where they lie elsewhere.
+        blob: Where the rows lie; None: here.
     """
 
     completed: BitMap
@@ -120,13 +175,29 @@ class Frame:
     _ends: tuple[int, ...]
     _paths: bytes
     _files: bytes
+    blob: Blob | None = None
 
     def sources(self) -> Iterator[tuple[int, bytes]]:
         """Yield each completed source's index and its rows, in index order."""
+        for index, start, end in self.extents():
+            yield index, self.rows[start:end]
+
+    def extents(self) -> Iterator[tuple[int, int, int]]:
+        """Yield each completed source's index and where its rows begin and end."""
         start = 0
         for index, end in zip(self.completed, self._ends, strict=True):
-            yield index, self.rows[start:end]
+            yield index, start, end
             start = end
+
+    def with_lines(self, rows: bytes, ends: Sequence[int] | None = None) -> Frame:
+        """Return the frame with its rows as JSON lines, which lay elsewhere.
+
+        Args:
+            rows: All rows, each ending in a newline.
+            ends: Where each source's rows end within them; None: as the frame says.
+        """
+        ends = self._ends if ends is None else tuple(ends)
+        return Frame(self.completed, rows, ends, self._paths, self._files)
 
     def paths(self) -> list[ItemPath]:
         """Return the item path of every row, in the order of ``rows``.
@@ -134,7 +205,7 @@ class Frame:
         Raises:
             CorruptDataError: There are none, or not one for each row.
         """
-        count = self.rows.count(b"\n")
+        count = self.rows.count(b"\n") if self.blob is None else self.blob.rows
         try:
             found = _decode_paths(self._paths, count)
         except (ValueError, zlib.error) as error:
@@ -180,6 +251,7 @@ def check_frame(data: bytes, *, what: str) -> int:
     if google_crc32c.value(data[: -_CRC.size]) != _CRC.unpack(data[-_CRC.size :])[0]:
         raise _corrupt(what, "it fails its CRC")
     n, bitmap_length, paths_length, files_length = _HEAD.unpack_from(data)
+    n &= ~_ELSEWHERE
     if _HEAD.size + bitmap_length + 4 * n + paths_length + files_length > len(data) - _CRC.size:
         raise _corrupt(what, "its parts are longer than the frame")
     return int(n)
@@ -192,7 +264,7 @@ def decode_frame(data: bytes, *, what: str) -> Frame:
         CorruptDataError: It is not a whole frame; ``what`` names where it came from.
     """
     n = check_frame(data, what=what)
-    _, bitmap_length, paths_length, files_length = _HEAD.unpack_from(data)
+    flagged, bitmap_length, paths_length, files_length = _HEAD.unpack_from(data)
     at = _HEAD.size
     completed = bitmaps.load(data[at : at + bitmap_length], what=what)
     at += bitmap_length
@@ -202,10 +274,38 @@ def decode_frame(data: bytes, *, what: str) -> Frame:
     at += paths_length
     files = data[at : at + files_length]
     rows = data[at + files_length : -_CRC.size]
+    blob = _decode_blob(rows, what) if flagged & _ELSEWHERE else None
+    rows, last = (rows, len(rows)) if blob is None else (b"", blob.end)
     increasing = all(a <= b for a, b in itertools.pairwise(ends))
-    if len(completed) != n or not increasing or (ends[-1] if ends else 0) != len(rows):
+    if len(completed) != n or not increasing or (ends[-1] if ends else 0) != last:
         raise _corrupt(what, "its row table does not match its rows")
-    return Frame(completed, rows, ends, paths, files)
+    return Frame(completed, rows, ends, paths, files, blob)
+
+
+def _decode_blob(data: bytes, what: str) -> Blob:
+    try:
+        blob = _BLOB.decode(data)
+    except DECODE_ERRORS as error:
+        raise _corrupt(what, f"it does not say where its rows lie ({error})") from error
+    if blob.format not in (JSONL, PARQUET) or "/" in blob.file or min(blob.offset, blob.length) < 0:
+        raise _corrupt(what, "it says of its rows what cannot be")
+    return blob
+
+
+def blob_of(data: bytes, *, what: str) -> Blob | None:
+    """Return where the rows of a frame that was verified before lie; None: in the frame."""
+    flagged, *lengths = _HEAD.unpack_from(data)
+    if not flagged & _ELSEWHERE:
+        return None
+    at = _HEAD.size + 4 * (flagged & ~_ELSEWHERE) + sum(lengths)
+    return _decode_blob(data[at : -_CRC.size], what)
+
+
+def moved(data: bytes, blob: Blob) -> bytes:
+    """Return a frame whose rows have come to lie in another place."""
+    flagged, *lengths = _HEAD.unpack_from(data)
+    at = _HEAD.size + 4 * (flagged & ~_ELSEWHERE) + sum(lengths)
+    return _sealed(data[:at] + msgspec.msgpack.encode(blob))
 
 
 def frame_bitmap(data: bytes, *, what: str) -> BitMap:

@@ -1,21 +1,25 @@
 """The segment: the immutable, sealed unit that an attempt publishes.
 
 Blocks are chunk frames as the ledger held them, then one block of failure records if there
-are any.  The footer carries what merging needs (the completion bitmap, who wrote it) and what
-watching needs (counters per stage, progress), so both read the end of the file only.
+are any.  Where the sink is ``hr.Parts`` the rows of the frames lie in one part beside the
+segment, which is published first: a source counts only with the part that holds its rows.
+The footer carries what merging needs (the completion bitmap, who wrote it) and what watching
+needs (counters per stage, progress), so both read the end of the file only.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import google_crc32c
 import msgspec
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError, RunDirError
-from hpcresume.fs import FileSystem
+from hpcresume.fs import FileSystem, digest_of, read_exact, reading
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
     DECODE_ERRORS,
@@ -127,6 +131,20 @@ class Progress(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class PartEntry(msgspec.Struct, frozen=True, array_like=True):
+    """The part that holds a segment's rows: a file beside it, published before it.
+
+    Attributes:
+        name: Its name.
+        size_bytes: Its size.
+        digest: SHA-256 of its content.
+    """
+
+    name: str
+    size_bytes: int
+    digest: bytes
+
+
 class SegmentFooter(msgspec.Struct):
     """What a segment says of itself.
 
@@ -161,6 +179,11 @@ class SegmentFooter(msgspec.Struct):
     code: int
     ran: dict[int, float] = {}
     short_mib: int = 0
+    part: PartEntry | None = None
+
+    def sources(self) -> int:
+        """Return how many sources the frames complete."""
+        return sum(count for _, _, count in self.chunks)
 
 
 _FAILURES = msgspec.msgpack.Decoder(list[Failure])
@@ -200,6 +223,47 @@ class Segment:
             )
         return frame
 
+    def part_path(self) -> str:
+        """Return the path of the part that holds the rows."""
+        assert self.footer.part is not None
+        return os.path.join(os.path.dirname(self.container.path), self.footer.part.name)
+
+    def read_blob(self, frame: Frame) -> bytes:
+        """Return the bytes of a frame's rows, from the part.
+
+        Raises:
+            CorruptDataError: They are damaged, or the segment names no such part.
+            FileNotFoundError: The part is gone.
+            SharedStorageError: The file system refused.
+        """
+        blob, part = frame.blob, self.footer.part
+        assert blob is not None
+        path = os.path.join(os.path.dirname(self.container.path), blob.file)
+        if part is None or part.name != blob.file:
+            raise _bad_part(path, "the segment names another part")
+        with reading(path):
+            data = read_exact(self.container.fs, path, blob.offset, blob.length)
+        if google_crc32c.value(data) != blob.crc:
+            raise _bad_part(path, f"the rows from byte {blob.offset} on fail their CRC")
+        return data
+
+    def verify_part(self) -> None:
+        """Read the part and compare its digest.
+
+        Raises:
+            CorruptDataError: It differs from the footer's.
+            FileNotFoundError: The part is gone.
+            SharedStorageError: The file system refused.
+        """
+        part = self.footer.part
+        if part is None:
+            return
+        path = self.part_path()
+        with reading(path):
+            digest = digest_of(self.container.fs, path)
+        if digest != part.digest:
+            raise _bad_part(path, "it fails its digest")
+
     def failures(self) -> list[Failure]:
         """Return the failure records, in the order they happened."""
         if not self.footer.has_failures:
@@ -222,6 +286,7 @@ class Segment:
             SharedStorageError: The file system refused.
         """
         self.container.verify()
+        self.verify_part()
         found = BitMap()
         for number in self.frame_numbers():
             frame = self.frame(number)
@@ -235,6 +300,13 @@ class Segment:
                 path=self.container.path,
             )
         self.failures()
+
+
+def _bad_part(path: str, why: str) -> CorruptDataError:
+    return CorruptDataError(
+        f"{path}: {why}. Its segment is set aside and its sources are computed again.",
+        path=path,
+    )
 
 
 def chunk_entry(sources: BitMap) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from pyroaring import BitMap
 from hpcresume.deadline import seconds_left
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
+from hpcresume.engine.packing import make_driver_packer
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
@@ -37,10 +38,11 @@ from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
 from hpcresume.memory import MemoryGroup
 from hpcresume.pipeline.load import load_snapshot
-from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.pipeline.pipeline import Parts, Pipeline
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
+from hpcresume.segment.frame import blob_of
 from hpcresume.segment.segment import Failure, Progress, Writer
 from hpcresume.task.feed import ShardFeed
 from hpcresume.task.messages import (
@@ -64,6 +66,8 @@ _REPORT_S = 0.2
 _STATE_S = 1.0
 _CLOSE_S = 5.0
 _START_SLOT_S = 15.0
+_PARTS_CHUNK_S = 0.1
+"""A call's rows are one row group of Parquet, which is not to be tiny."""
 _NO_TIME = "no source that is left is expected to finish within the time limit"
 
 
@@ -73,10 +77,11 @@ class LedgerListener:
     Args:
         committer: The ledger's.
         is_inline: Whether this process runs the calls itself, so that it may die of one.
+        parts: Directory of the blobs of ``hr.Parts``.
     """
 
-    def __init__(self, committer: GroupCommitter, *, is_inline: bool) -> None:
-        self._committer, self._is_inline = committer, is_inline
+    def __init__(self, committer: GroupCommitter, *, is_inline: bool, parts: str) -> None:
+        self._committer, self._is_inline, self._parts = committer, is_inline, parts
         self._waiting: dict[int, InFlight] = {}
         self.bytes_added = 0
 
@@ -101,8 +106,11 @@ class LedgerListener:
 
     def completed(self, frame: bytes, sources: int) -> None:
         """Add a chunk of completed sources."""
-        self.bytes_added += len(frame)
-        self._committer.add(frame=frame, sources=sources)
+        blob = blob_of(frame, what="a worker's frame")
+        size = 0 if blob is None else blob.length
+        self.bytes_added += len(frame) + size
+        path = None if blob is None else os.path.join(self._parts, blob.file)
+        self._committer.add(frame=frame, sources=sources, blob=path, blob_bytes=size)
 
     def failed(self, failure: Failure) -> None:
         """Add a failure."""
@@ -137,10 +145,13 @@ class Driver:
             Writer(spec.round, spec.task, spec.epoch),
             spec.code,
             [stage.name for stage in pipeline.stages],
+            has_parts=isinstance(pipeline.sink, Parts),
         )
         ledger = Ledger.create(spec.ledger, identity)
         self._committer = GroupCommitter(ledger)
-        self._listener = LedgerListener(self._committer, is_inline=spec.engine == "inline")
+        self._listener = LedgerListener(
+            self._committer, is_inline=spec.engine == "inline", parts=spec.parts
+        )
         groups = make_groups(pipeline.stages, cpus=spec.cpus, workers=spec.workers)
         sources = bitmaps.load(self._work.sources, what="the shard")
         self._total = len(sources)
@@ -176,6 +187,7 @@ class Driver:
         loaded = (bitmaps.load(group, what="suspects") for group in self._work.suspects)
         suspects = [group & sources for group in loaded if group & sources]
         ran = {s: seconds for s, seconds in self._work.ran.items() if s in sources}
+        has_parts = isinstance(pipeline.sink, Parts)
         ordinary = sources - bitmaps.union(suspects) - BitMap(ran)
         return Executor(
             groups,
@@ -184,7 +196,7 @@ class Driver:
             self._listener,
             Limits(
                 max_attempts=spec.max_attempts,
-                chunk_target_s=spec.chunk_target_s,
+                chunk_target_s=max(spec.chunk_target_s, _PARTS_CHUNK_S if has_parts else 0.0),
                 chunk_max=spec.chunk_max,
                 memory_mib=spec.memory_mib,
                 memory_limit=spec.memory_limit,
@@ -193,11 +205,12 @@ class Driver:
             suspects=suspects,
             ran=ran,
             has_sink=pipeline.sink is not None,
+            packer=make_driver_packer(pipeline.sink, spec.parts),
         )
 
     def _make_pool(self, pipeline: Pipeline, groups: list[Group], run: RunDir) -> Pool:
         spec = self._spec
-        scratch, outputs = os.path.join(spec.local, "scratch"), spec.outputs
+        scratch, outputs, parts = os.path.join(spec.local, "scratch"), spec.outputs, spec.parts
         if spec.engine == "inline":
             return InlinePool(
                 pipeline,
@@ -205,6 +218,7 @@ class Driver:
                 run_id=run.run_id,
                 scratch=Path(scratch),
                 outputs=Path(outputs),
+                parts=parts,
                 seconds_left=lambda: seconds_left(spec.local),
             )
         # Ray reads its settings when it is imported.
@@ -227,6 +241,7 @@ class Driver:
                 gpus=group.gpus,
                 scratch=scratch,
                 outputs=outputs,
+                parts=parts,
                 mark=mark,
                 local=spec.local,
             )

@@ -66,6 +66,11 @@ class AttemptSpec(msgspec.Struct, frozen=True):
         """Directory of the files of ``ctx.output``."""
         return os.path.join(self.local, "outputs")
 
+    @property
+    def parts(self) -> str:
+        """Directory of the blobs of ``hr.Parts``."""
+        return os.path.join(self.local, "parts")
+
 
 class Work(msgspec.Struct, frozen=True):
     """What is left of the shard.

@@ -70,6 +70,7 @@ class Publisher:
             after=order.after,
             max_bytes=order.max_bytes,
             outputs_root=self._spec.outputs,
+            parts_root=self._spec.parts,
             death=order.death,
             interrupted_at=order.interrupted_at,
         )

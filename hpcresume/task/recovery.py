@@ -47,7 +47,7 @@ def publish_dead(run: RunDir, directory: str) -> int:
         return 0
     with contextlib.closing(ledger):
         try:
-            return _publish_ledger(run, ledger, os.path.join(directory, "outputs"))
+            return _publish_ledger(run, ledger, directory)
         except CorruptDataError as error:
             # A value was damaged, which only reading it tells.
             log.warning("%s", error)
@@ -55,22 +55,28 @@ def publish_dead(run: RunDir, directory: str) -> int:
     return 0
 
 
-def _publish_ledger(run: RunDir, ledger: Ledger, outputs: str) -> int:
+def _publish_ledger(run: RunDir, ledger: Ledger, directory: str) -> int:
     identity = ledger.identity()
     if identity.run_id != run.run_id:
         return 0
     writer = identity.writer
     ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
     known = run.segments(ref)
-    receipt = publish_pending(
-        ledger,
-        run,
-        seq=known[-1].seq + 1 if known else 1,
-        max_bytes=1 << 40,
-        outputs_root=outputs,
-        death=Death(),
-    )
-    return receipt.sources
+    seq, after, sources = known[-1].seq + 1 if known else 1, 0, 0
+    while True:
+        receipt = publish_pending(
+            ledger,
+            run,
+            seq=seq,
+            after=after,
+            max_bytes=run.part_bytes() or 1 << 40,
+            outputs_root=os.path.join(directory, "outputs"),
+            parts_root=os.path.join(directory, "parts"),
+            death=Death(),
+        )
+        seq, after, sources = seq + 1, receipt.last, sources + receipt.sources
+        if after >= ledger.last_sequence():
+            return sources
 
 
 def recover_node(run: RunDir, local: str) -> int:

@@ -143,7 +143,7 @@ def _put(new: str, path: str) -> None:
 
 def _fill(path: str, attempt: str, ray_temp: str) -> int:
     """Make what an attempt's directory holds, and return its locked file."""
-    for inner in ("marks", "scratch", "outputs"):
+    for inner in ("marks", "scratch", "outputs", "parts"):
         os.mkdir(os.path.join(path, inner), 0o700)
     lock_fd = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,6 +35,8 @@ from hpcresume.deadline import write_deadline
 from hpcresume.engine.ray_places import check_ray_places
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
+from hpcresume.fs import reading
+from hpcresume.ledger.parts import SCHEMA_NAME
 from hpcresume.ledger.publishing import Death
 from hpcresume.memory import MemoryGroup
 from hpcresume.merge.plan import open_plan
@@ -168,7 +170,10 @@ class Supervisor:
         self._memory = MemoryGroup.of_this_process() if is_confined else MemoryGroup()
         self._kills_before = 0
         self._state = _State()
-        self._schedule = Schedule(self._settings.sync)
+        part_bytes = run.part_bytes()
+        sync = self._settings.sync
+        self._sync = msgspec.structs.replace(sync, max_bytes=part_bytes) if part_bytes else sync
+        self._schedule = Schedule(self._sync)
         self._holding = False
         self._limit = TimeLimit(
             lambda: read_end_time(self._allocation, environ),
@@ -252,10 +257,18 @@ class Supervisor:
             scratch.remove()
             raise
         os.environ[ATTEMPT_VARIABLE] = attempt
+        self._inherit_schema(scratch)
         self._spec_path = os.path.join(scratch.path, "spec.json")
         _write_private(self._spec_path, msgspec.json.encode(self._make_spec(ref, scratch)))
         say(f"round {ref.round}, task {ref.task}, attempt {ref.epoch} on {info.node or info.host}")
         return scratch
+
+    def _inherit_schema(self, scratch: Scratch) -> None:
+        """Give the workers the schema that an earlier attempt inferred for parts of Parquet."""
+        path = self._run.schema_path()
+        with contextlib.suppress(FileNotFoundError), reading(path):
+            data = self._run.fs.read(path)
+            _write_private(os.path.join(scratch.path, "parts", SCHEMA_NAME), data)
 
     def _make_spec(self, ref: AttemptRef, scratch: Scratch) -> AttemptSpec:
         task, allocation = self._settings.task, self._allocation
@@ -574,7 +587,7 @@ class Supervisor:
             Publish(
                 self._schedule.receipt,
                 seq,
-                self._settings.sync.max_bytes,
+                self._sync.max_bytes,
                 driver_died,
                 self._death() if driver_died else None,
                 self._interrupted_at,

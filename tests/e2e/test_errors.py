@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ import pytest
 from tests.support.cli import Command, wait_until
 from tests.support.fuse import fuse_mount
 from tests.support.local import INLINE, Desk, Ended, flip, kill_family
+from tests.support.mounts import tmpfs
 from tests.support.pipelines import fan_result, write_fan
 
 SLURM_COMMANDS = ("sbatch", "squeue", "scontrol", "sacct", "scancel", "sinfo")
@@ -32,24 +31,6 @@ def check(ended: Ended, code: int, *fragments: str) -> None:
     assert code == ended.code, ended
     assert [] == [fragment for fragment in fragments if fragment not in ended.err], ended
     assert "Traceback" not in ended.err or code == 10, ended
-
-
-@contextlib.contextmanager
-def tmpfs(path: Path, *, size_mb: int) -> Iterator[None]:
-    """Mount an empty file system of that size; skip where this is not allowed."""
-    path.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "none", path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"mounting a small file system takes root: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
 
 
 # -- the pipeline -------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ from hpcresume.fs import POSIX, TEMPORARY_PREFIX, digest_of
 from hpcresume.ledger.publishing import output_path, publish_pending
 from hpcresume.ledger.store import Ledger
 from hpcresume.merge.generation import load_newest, read_union
+from hpcresume.results.rows import read_frame
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.segment.segment import open_segment
 from tests.support.places import REPOSITORY, RUN_ID, child_environment, make_run, row, run_child
 
 PACKAGE = REPOSITORY / "hpcresume"
 SCENARIOS = {
-    "segment": "work", "file": "work", "ledger": "work", "generation": "merge",
+    "segment": "work", "part": "work", "file": "work", "ledger": "work", "generation": "merge",
     "manifest": "start", "plan": "start", "claim": "start", "mark": "start",
     "record": "start", "probe": "start",
 }  # fmt: skip
@@ -153,8 +154,9 @@ class Promises:
         path = self.run.attempt_path(AttemptRef(0, 0, 1), name)
         assert digest == digest_of(POSIX, path).hex()
         segment = open_segment(POSIX, path, run_id=RUN_ID)
-        segment.container.verify()
-        rows = dict(s for n in segment.frame_numbers() for s in segment.frame(n).sources())
+        segment.verify()
+        frames = [read_frame(segment, number)[0] for number in segment.frame_numbers()]
+        rows = dict(source for frame in frames for source in frame.sources())
         assert sources <= set(segment.completed)
         assert {s: row(s) + b"\n" for s in sources} == {s: rows[s] for s in sources}
         published = self.run.attempt_path(AttemptRef(0, 0, 1), "files")
@@ -201,7 +203,13 @@ def recover(promises: Promises) -> None:
     """Publish what the dead process left in its ledger, as another process does."""
     ledger = Ledger.open_verified(str(promises.local / "ledger"))
     try:
-        publish_pending(ledger, promises.run, seq=99, outputs_root=str(promises.local / "outputs"))
+        publish_pending(
+            ledger,
+            promises.run,
+            seq=99,
+            outputs_root=str(promises.local / "outputs"),
+            parts_root=str(promises.local / "parts"),
+        )
     finally:
         ledger.close()
     promises.check()
@@ -217,7 +225,7 @@ def finish(promises: Promises, name: str) -> None:
         assert 1 == sum(0 in won for won in owners.values())
 
 
-LOOPED = ("segment", "ledger", "generation", "mark")
+LOOPED = ("segment", "part", "ledger", "generation", "mark")
 KILLS = [(name, 1) for name in MATRIX] + [
     (name, 3) for name in MATRIX if name.partition(".")[0] in LOOPED
 ]

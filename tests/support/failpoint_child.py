@@ -22,8 +22,9 @@ from hpcresume.merge.generation import read_union, write_generation
 from hpcresume.merge.plan import Launch, PlanFooter, make_shards, write_plan
 from hpcresume.run.directory import RunDir, probe_writable
 from hpcresume.run.manifest import Listing, write_part
-from hpcresume.segment.frame import FrameBuilder
+from hpcresume.segment.frame import blob_of
 from hpcresume.segment.segment import Writer
+from hpcresume.sinks.packing import JsonlPacker, Packed, Packer, RowsPacker
 from tests.support.places import RUN_ID, make_run, publish_segment, row
 
 WRITER = Writer(0, 0, 1)
@@ -47,39 +48,44 @@ def insist(call: Callable[[], ResultT]) -> ResultT:
     raise AssertionError("it never succeeded")
 
 
-def open_ledger(local: str) -> Ledger:
+def open_ledger(local: str, *, has_parts: bool) -> Ledger:
     """Return the attempt's ledger, new or as a dead process left it."""
     path = os.path.join(local, "ledger")
     if os.path.exists(path):
         return Ledger.open_verified(path)
-    return Ledger.create(path, LedgerIdentity(RUN_ID, WRITER, 1, ["a"]))
+    return Ledger.create(path, LedgerIdentity(RUN_ID, WRITER, 1, ["a"], has_parts=has_parts))
 
 
-def source_frame(outputs: str, sources: range) -> bytes:
+def source_frame(outputs: str, packer: Packer, sources: range) -> bytes:
     """Return a frame of sources, the first of which has a file."""
-    builder = FrameBuilder()
-    for source in sources:
-        builder.add(source, [(ROOT, row(source))])
     name = f"s{sources[0]}"
-    builder.add_files(name, [(ROOT, "f.bin")])
     local = output_path(outputs, name, "", "f.bin")
     os.makedirs(os.path.dirname(local), exist_ok=True)
     with open(local, "wb") as file:
         file.write(name.encode())
-    return builder.build()
+    files = {sources[0]: [(ROOT, "f.bin")]}
+    return packer.pack([Packed(s, f"s{s}", [(ROOT, row(s))], files.get(s, ())) for s in sources])
 
 
-def work(run_path: str, local: str, _: str) -> None:
-    """Commit and publish in a loop."""
-    run, ledger = RunDir.open(run_path), insist(lambda: open_ledger(local))
+def work(run_path: str, local: str, label: str) -> None:
+    """Commit and publish in a loop, with rows in parts where the label is theirs."""
+    has_parts, parts = label == "part", os.path.join(local, "parts")
+    os.makedirs(parts, exist_ok=True)
+    packer = JsonlPacker(parts) if has_parts else RowsPacker()
+    run = RunDir.open(run_path)
+    ledger = insist(lambda: open_ledger(local, has_parts=has_parts))
     outputs = os.path.join(local, "outputs")
     for cycle in range(CYCLES):
         sources = range(cycle * SOURCES, (cycle + 1) * SOURCES)
-        frame = source_frame(outputs, sources)
-        insist(lambda frame=frame: ledger.commit(Batch(frames=[frame])))
+        frame = source_frame(outputs, packer, sources)
+        blob = blob_of(frame, what="a frame")
+        blobs = [] if blob is None else [os.path.join(parts, blob.file)]
+        insist(lambda frame=frame, blobs=blobs: ledger.commit(Batch(frames=[frame], blobs=blobs)))
         say("committed", *sources)
         receipt = insist(
-            lambda cycle=cycle: publish_pending(ledger, run, seq=cycle + 1, outputs_root=outputs)
+            lambda cycle=cycle: publish_pending(
+                ledger, run, seq=cycle + 1, outputs_root=outputs, parts_root=parts
+            )
         )
         say("receipt", receipt.name, receipt.digest.hex(), *sources)
         ledger.release(receipt.last)

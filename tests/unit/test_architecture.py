@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "merge": RUN,
     "sinks": {"segment"},
     "observe": RUN | {"merge", "slurm"},
-    "results": RUN | {"merge", "observe"},
+    "results": RUN | {"merge", "observe", "sinks"},
     "serving": {"pipeline"},
     "engine": RUN | {"pipeline", "ledger", "sinks"},
     "task": RUN | {"engine", "ledger", "merge", "config", "slurm", "pipeline"},

@@ -1,0 +1,364 @@
+"""From what a call made to the frame that the ledger keeps, for each kind of sink.
+
+A packer is used in the worker that made the rows.  Only where a pipeline has stages of several
+requests do whole sources come together in the driver, which then packs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import google_crc32c
+
+from hpcresume.errors import LocalStorageError, RowError
+from hpcresume.ids import ItemPath
+from hpcresume.segment.frame import JSONL, PARQUET, Blob, FrameBuilder
+from hpcresume.segment.parquet_footer import split
+from hpcresume.sinks.rows import encode_row
+
+SCHEMA_NAME = "schema"
+"""The schema that the first rows of an attempt had, beside its blobs."""
+
+Rows = Sequence[tuple[ItemPath, Any]]
+"""Rows of one source in item order, each as :meth:`Packer.row` returned it."""
+
+
+class Packed(NamedTuple):
+    """A completed source: index, id, its rows, and the item and name of its files."""
+
+    source: int
+    source_id: str
+    rows: Rows
+    files: Sequence[tuple[ItemPath, str]] = ()
+
+
+@dataclass(slots=True)
+class Fit:
+    """Whether rows can be packed together.
+
+    Attributes:
+        misfits: Why not, by slot; everything else can.
+        table: What was made of the rows on the way, if all fit.
+    """
+
+    misfits: dict[int, Exception] = field(default_factory=dict)
+    table: Any = None
+
+
+class Packer(Protocol):
+    """How a sink packs rows.
+
+    Attributes:
+        frame_bytes: Completed sources that the driver puts together are packed at this size.
+    """
+
+    frame_bytes: int
+
+    def row(self, value: Any) -> Any:
+        """Return a row as it is kept until it is packed.
+
+        Raises:
+            RowError: The sink cannot hold the value.
+        """
+
+    def fit(self, rows: Mapping[int, Rows]) -> Fit:
+        """Tell which slots' rows cannot be packed."""
+
+    def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
+        """Return the frame of some sources, given in index order.
+
+        Args:
+            sources: They and their rows.
+            table: What :meth:`fit` made of just these rows.
+
+        Raises:
+            LocalStorageError: The node-local disk is full or failing.
+        """
+
+
+class RowsPacker:
+    """Rows of JSON, in the frame; also for a pipeline without a sink."""
+
+    frame_bytes = 1 << 20
+
+    def row(self, value: Any) -> bytes:
+        """Return a row as a line of JSON, without the newline."""
+        return encode_row(value)
+
+    def fit(self, rows: Mapping[int, Rows]) -> Fit:
+        """All fit: each was encoded by itself."""
+        del rows
+        return Fit()
+
+    def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
+        """Return the frame of some sources."""
+        del table
+        return _frame(sources).build()
+
+
+class JsonlPacker(RowsPacker):
+    """Rows of JSON, in a blob.
+
+    Args:
+        directory: Node-local directory for blobs.
+    """
+
+    frame_bytes = 16 << 20
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
+        """Return the frame of some sources, whose rows lie in a blob."""
+        del table
+        frame = _frame(sources)
+        if not frame.rows:
+            return frame.build()
+        data = frame.lines()
+        name = write_blob(self._directory, data)
+        crc = google_crc32c.value(data)
+        return frame.build(Blob(JSONL, name, 0, len(data), crc, len(frame.rows)))
+
+
+class ParquetPacker:
+    """Rows as a Parquet row group, in a blob.
+
+    Args:
+        schema: A ``pyarrow.Schema``, or a dict of column and type; None: as the first rows
+            of this attempt have it.
+        directory: Node-local directory for blobs and for that schema.
+    """
+
+    frame_bytes = 16 << 20
+
+    def __init__(self, schema: Any, directory: str) -> None:
+        self._directory = directory
+        self._schema = _as_schema(schema)
+        self._is_given = schema is not None
+
+    def row(self, value: Any) -> Any:
+        """Return a row as it is, if it has columns."""
+        if isinstance(value, dict) or _is_table(value):
+            return value
+        raise RowError(
+            f"a row for Parquet is a {type(value).__module__}.{type(value).__qualname__}. "
+            "A row is a dict, or a pyarrow.RecordBatch or Table of several rows. "
+            "Return one of these in the last stage.",
+        )
+
+    def fit(self, rows: Mapping[int, Rows]) -> Fit:
+        """Convert all rows together; where that fails, each slot's by themselves."""
+        try:
+            return Fit(table=self._table([value for made in rows.values() for _, value in made]))
+        except RowError:
+            return Fit(misfits=dict(self._misfits(rows)))
+
+    def _misfits(self, rows: Mapping[int, Rows]) -> list[tuple[int, Exception]]:
+        found: list[tuple[int, Exception]] = []
+        for slot, made in rows.items():
+            try:
+                self._table([value for _, value in made])
+            except RowError as error:
+                found.append((slot, error))
+        return found
+
+    def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
+        """Return the frame of some sources, whose rows lie in a blob."""
+        frame = FrameBuilder()
+        for source in sources:
+            counted = ((path, _count(value)) for path, value in source.rows)
+            frame.add_counted(source.source, [path for path, n in counted for _ in range(n)])
+            if source.files:
+                frame.add_files(source.source_id, source.files)
+        if not frame.paths:
+            return frame.build()
+        if table is None:
+            table = self._table([value for source in sources for _, value in source.rows])
+        data = encode_row_group(table)
+        pages, footer = split(data)
+        name = write_blob(self._directory, pages)
+        crc = google_crc32c.value(pages)
+        blob = Blob(PARQUET, name, 0, len(pages), crc, len(frame.paths), footer)
+        return frame.build(blob)
+
+    def _table(self, values: Sequence[Any]) -> Any:
+        """Return values as one table of the attempt's schema.
+
+        Raises:
+            RowError: They do not fit it.
+        """
+        import pyarrow as pa
+
+        try:
+            if not values:
+                return None
+            schema = self._schema_for(values)
+            tables = [_part_table(part, schema) for part in _alike(values)]
+            return tables[0] if len(tables) == 1 else pa.concat_tables(tables)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError, KeyError) as error:
+            origin = "the schema given" if self._is_given else "the schema of the first rows"
+            raise RowError(
+                f"rows do not fit {origin}: {error}. A column of Parquet has one type. "
+                "Convert the value in the last stage, or give Parts('parquet', schema=...).",
+            ) from error
+
+    def _schema_for(self, values: Sequence[Any]) -> Any:
+        if self._schema is None:
+            self._schema = agree_on_schema(self._directory, _infer(values))
+        return self._schema
+
+
+def _frame(sources: Sequence[Packed]) -> FrameBuilder:
+    frame = FrameBuilder()
+    for source in sources:
+        frame.add(source.source, source.rows)
+        if source.files:
+            frame.add_files(source.source_id, source.files)
+    return frame
+
+
+def write_blob(directory: str, data: Any) -> str:
+    """Write a blob's bytes to a new node-local file and return its name.
+
+    It is synced by whoever commits the frame that names it.
+
+    Raises:
+        LocalStorageError: The disk refused.
+    """
+    name = secrets.token_hex(8)
+    path = os.path.join(directory, name)
+    try:
+        with open(path, "xb", buffering=0, opener=_private) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise LocalStorageError(
+            f"the node-local disk refused {path}: {error.strerror or error}. It is full or "
+            "failing. What was committed is published and this task stops. "
+            "Free space on the node, or give another directory with --local-dir.",
+            path=path,
+        ) from error
+    return name
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def agree_on_schema(directory: str, inferred: Any) -> Any:
+    """Return the schema of an attempt: the first that one of its workers wrote down."""
+    import pyarrow as pa
+
+    path = os.path.join(directory, SCHEMA_NAME)
+    if not os.path.exists(path):
+        temporary = os.path.join(directory, write_blob(directory, bytes(inferred.serialize())))
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        os.unlink(temporary)
+    with open(path, "rb") as file:
+        return pa.ipc.read_schema(pa.py_buffer(file.read()))
+
+
+def encode_row_group(table: Any) -> bytes:
+    """Return a table as a Parquet file of one row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table, row_group_size=table.num_rows)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _as_schema(given: Any) -> Any:
+    if given is None or not isinstance(given, Mapping):
+        return given
+    import pyarrow as pa
+
+    def kind(value: Any) -> Any:
+        return pa.type_for_alias(value) if isinstance(value, str) else value
+
+    return pa.schema([(str(name), kind(value)) for name, value in given.items()])
+
+
+def _is_table(value: Any) -> bool:
+    # Not by import: whoever returns none need not have pyarrow loaded.
+    return type(value).__name__ in ("RecordBatch", "Table") and hasattr(value, "num_rows")
+
+
+def _count(value: Any) -> int:
+    return int(value.num_rows) if _is_table(value) else 1
+
+
+def _alike(values: Sequence[Any]) -> list[Any]:
+    """Return values with consecutive dicts gathered in lists."""
+    parts: list[Any] = []
+    for value in values:
+        if _is_table(value):
+            parts.append(value)
+        elif parts and isinstance(parts[-1], list):
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    return parts
+
+
+def _infer(values: Sequence[Any]) -> Any:
+    import pyarrow as pa
+
+    first = _alike(values)[0]
+    return pa.schema(list(pa.array(first).type)) if isinstance(first, list) else first.schema
+
+
+def _part_table(part: Any, schema: Any) -> Any:
+    import pyarrow as pa
+
+    names = schema.names
+    if isinstance(part, list):
+        known = set(names)
+        for row in part:
+            if not known.issuperset(row):
+                extra = ", ".join(map(repr, row.keys() - known))
+                raise ValueError(f"column {extra} is not in it")
+        columns = [[row.get(name) for row in part] for name in names]
+        for field, values in zip(schema, columns, strict=True):
+            _check_whole(values, field.type)
+        arrays = [pa.array(v, type=f.type) for v, f in zip(columns, schema, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=schema)
+    table = pa.Table.from_batches([part]) if isinstance(part, pa.RecordBatch) else part
+    wrong = set(names) ^ set(table.column_names)
+    if wrong:
+        raise ValueError(f"column {', '.join(map(repr, sorted(wrong)))} is in one of them only")
+    return table.select(names).cast(schema)
+
+
+def _check_whole(values: Sequence[Any], kind: Any) -> None:
+    """Refuse fractions for integers, which pyarrow would cut off.
+
+    Raises:
+        ValueError: There is one.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_integer(kind):
+        suspect = {made for made in set(map(type, values)) if "float" in made.__name__}
+        for value in values if suspect else ():
+            if type(value) in suspect and value != int(value):
+                raise ValueError(f"{value} is no {kind}")
+    elif pa.types.is_struct(kind):
+        present = [value for value in values if value is not None]
+        for field in kind:
+            _check_whole([value.get(field.name) for value in present], field.type)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        for value in values:
+            if value is not None and getattr(getattr(value, "dtype", None), "kind", "f") == "f":
+                _check_whole(value, kind.value_type)
