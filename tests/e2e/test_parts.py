@@ -166,7 +166,7 @@ def test_files_per_attempt(desk: Desk) -> None:
 def test_trial_shows_rows(desk: Desk) -> None:
     """A trial of a Parquet pipeline shows its rows and writes nothing."""
     ended = desk.call(
-        "trial", "parts.py", "--engine", "inline", "-n", "5", "-P", "form=parquet", "--json"
+        "trial", "parts.py", "--engine", "inline", "-n", "7", "-P", "form=parquet", "--json"
     )
     assert 0 == ended.code, ended
     report = json.loads(ended.out)
