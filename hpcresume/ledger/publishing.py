@@ -110,15 +110,14 @@ def publish_pending(
     Args:
         ledger: The attempt's ledger; only its pending commits are read.
         run: The shared run directory.
-        seq: Number of the segment within the attempt; a repeated number is harmless, since
-            names are unique.
+        seq: Number of the segment within the attempt; names are unique, so it may be repeated.
         after: Commits up to this one are published already.
         max_bytes: Start no further commit beyond this size; call again for the rest.
         outputs_root: Node-local directory with the files of ``ctx.output``.
         parts_root: Node-local directory with the blobs of ``hr.Parts``.
         death: How the ledger's driver died: what was in flight is recorded; None: it did not.
-        interrupted_at: When the attempt had to stop, on the node's monotonic clock: record how
-            long the sources in flight had been worked on.
+        interrupted_at: When the attempt had to stop, on the node's monotonic clock: how long the
+            sources in flight had been worked on is recorded.
 
     Returns:
         The receipt; with nothing pending the segment carries progress alone.
@@ -134,8 +133,8 @@ def publish_pending(
     writer = footer.writer
     ref = AttemptRef(RoundIndex(writer.round), TaskIndex(writer.task), Epoch(writer.epoch))
     covered = after
-    commits: Iterable[tuple[int, Commit]] = ledger.pending(after=after, limit_bytes=max_bytes)
     run.ensure(run.attempt_path(ref))
+    commits: Iterable[tuple[int, Commit]] = ledger.pending(after=after, limit_bytes=max_bytes)
     if parts_root is not None and ledger.identity().has_parts:
         part = Part(commits, parts_root, max_bytes=max_bytes)
         footer.part, commits = part.publish(run, ref, seq=seq), part.commits
@@ -150,12 +149,8 @@ def publish_pending(
             covered = sequence
 
     name = f"seg-{seq:06d}-{secrets.token_hex(8)}"
-    receipt = publish(
-        run.fs,
-        run.attempt_path(ref, name),
-        encode_segment(footer, frames(), failures),
-        label="segment",
-    )
+    pieces = encode_segment(footer, frames(), failures)
+    receipt = publish(run.fs, run.attempt_path(ref, name), pieces, label="segment")
     return PublishReceipt(covered, seq, name, footer.sources(), receipt.size_bytes, receipt.digest)
 
 
