@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpcresume.api import Run, status, submit
     from hpcresume.errors import HpcResumeError
     from hpcresume.launch.trial import trial
     from hpcresume.pipeline.context import Context, Worker
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
-    from hpcresume.results.run import Run
 
     __version__: str
 
@@ -40,6 +40,8 @@ __all__ = [
     "lines",
     "rows",
     "stage",
+    "status",
+    "submit",
     "trial",
 ]
 
@@ -51,7 +53,7 @@ _HOMES = {
     "Pipeline": "hpcresume.pipeline.pipeline",
     "Parts": "hpcresume.pipeline.pipeline",
     "Rows": "hpcresume.pipeline.pipeline",
-    "Run": "hpcresume.results.run",
+    "Run": "hpcresume.api",
     "Source": "hpcresume.pipeline.sources",
     "Stage": "hpcresume.pipeline.stage",
     "Worker": "hpcresume.pipeline.context",
@@ -61,6 +63,8 @@ _HOMES = {
     "lines": "hpcresume.pipeline.sources",
     "rows": "hpcresume.pipeline.sources",
     "stage": "hpcresume.pipeline.stage",
+    "status": "hpcresume.api",
+    "submit": "hpcresume.api",
     "trial": "hpcresume.launch.trial",
 }
 

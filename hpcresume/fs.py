@@ -432,3 +432,23 @@ def read_exact(fs: FileSystem, path: str, offset: int, length: int) -> bytes:
             path=path,
         )
     return data
+
+
+def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
+    """Give a file outside the run directory new content; a reader finds the old or the new one.
+
+    Raises:
+        OSError: The file system refused; the old content stays.
+    """
+    temporary = os.path.join(
+        os.path.dirname(path), f"{TEMPORARY_PREFIX}{os.path.basename(path)}-{secrets.token_hex(8)}"
+    )
+    try:
+        with open(temporary, "xb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

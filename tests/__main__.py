@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hpcresume.errors import TestbedError
 from hpcresume.testbed import packages, releases
+from tests.support import browser
 from tests.support.cli import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,6 +210,7 @@ def _timed(step: Step) -> Result:
 def _install() -> Ending:
     try:
         packages.install(accounting=True)
+        browser.install()
     except TestbedError as error:
         print(f"error: {error}", file=sys.stderr)
         return Ending(error.exit_code)

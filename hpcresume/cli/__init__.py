@@ -31,6 +31,7 @@ COMMANDS = {
     "collect": ("hpcresume.cli.collect:collect", "Write the final results to one file."),
     "failures": ("hpcresume.cli.failures:failures", "Show the sources that failed, and why."),
     "logs": ("hpcresume.cli.logs:logs", "Print the logs of a run's array tasks."),
+    "report": ("hpcresume.cli.report:report", "Write a run's report, one HTML page."),
     "cancel": ("hpcresume.cli.cancel:cancel", "Stop a run; what is committed is published."),
     "clean": ("hpcresume.cli.clean:clean", "Remove what a run no longer needs."),
     "drive": ("hpcresume.cli.drive:drive", "Do the merge step from here until the run ends."),
@@ -38,7 +39,7 @@ COMMANDS = {
     "site": ("hpcresume.cli.site:site", "Show the sites that settings can come from."),
     "doctor": ("hpcresume.cli.doctor:doctor", "Probe this node, its storage, Slurm and Ray."),
     "testbed": ("hpcresume.cli.testbed:testbed", "Run a real Slurm on this one machine."),
-    "completion": ("hpcresume.cli.completion:completion", "Print a shell completion script."),
+    "completion": ("hpcresume.cli.completion:completion", "Print or install shell completion."),
 }
 
 

@@ -13,12 +13,15 @@ import click
 from click.shell_completion import CompletionItem
 
 from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE, UsageError
+from hpcresume.observe import words
 
 if TYPE_CHECKING:
     from hpcresume.run.directory import RunDir
 
 SCHEMA = 1
 RUNS_DIRECTORY = "runs"
+human_bytes, human_count = words.human_bytes, words.human_count
+human_duration, human_rate = words.human_duration, words.human_rate
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
@@ -114,43 +117,3 @@ def exit_code_of(state: str) -> int:
 def on_terminal() -> bool:
     """Tell whether people's text goes to a terminal, where it may be redrawn."""
     return sys.stderr.isatty()
-
-
-def human_count(count: int, noun: str = "") -> str:
-    """Return ``1,234 sources``; the noun is given in its singular."""
-    text = f"{count:,}"
-    return f"{text} {noun}{'' if count == 1 else 's'}" if noun else text
-
-
-def human_bytes(size_bytes: float) -> str:
-    """Return a size with a binary unit, ``1.5 MiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "bytes" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
-
-
-def human_duration(seconds: float | None) -> str:
-    """Return a duration in its two largest units, ``2 h 05 min``; ``?`` where unknown."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
-
-
-def human_rate(per_s: float | None) -> str:
-    """Return a rate in the unit that leaves a readable number; ``?`` where unknown."""
-    if per_s is None:
-        return "?"
-    if per_s >= 1 or per_s == 0:
-        return f"{per_s:,.1f}/s"
-    if per_s * 60 >= 1:
-        return f"{per_s * 60:.1f}/min"
-    return f"{per_s * 3600:.1f}/h"

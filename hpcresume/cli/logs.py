@@ -23,16 +23,22 @@ _READ_BYTES = 1 << 20
 @click.command()
 @run_argument()
 @click.option("--task", type=click.IntRange(min=0), metavar="I", help="Only array task I.")
+@click.option("--source", metavar="ID", help="Only the lines that name this source.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as the files grow, until Ctrl-C.")
-def logs(run: RunDir, task: int | None, follow: bool) -> None:
-    """Print the logs of RUN's newest round.
+def logs(run: RunDir, task: int | None, source: str | None, follow: bool) -> None:
+    """Print the logs of RUN's newest round, or the lines of all rounds that name a source.
 
     \b
     Example:
       hpcresume logs
       hpcresume logs runs/paragraphs-1f2e3d4c --task 3 -f
+      hpcresume logs --source pages/0017.html
     """
     from hpcresume.observe.logs import log_files
+
+    if source is not None:
+        _print_lines(run, source)
+        return
 
     files = log_files(run, task=task)
     if not files and not follow:
@@ -48,6 +54,21 @@ def logs(run: RunDir, task: int | None, follow: bool) -> None:
     while follow:
         pause.wait(POLL_S)
         _print_new(log_files(run, task=task), tails)
+
+
+def _print_lines(run: RunDir, source: str) -> None:
+    from hpcresume.observe.logs import lines_of_source
+
+    is_named = False
+    for line in lines_of_source(run, source):
+        is_named = True
+        say(str(line))
+    if not is_named:
+        say(
+            f"no line of the logs names {source}. What a stage writes with ctx.log does. "
+            "Why a source failed: hpcresume failures",
+            err=True,
+        )
 
 
 def _print_new(files: list[LogFile], tails: dict[str, Tail]) -> None:

@@ -16,7 +16,7 @@ from hpcresume.cli.common import (
     run_argument,
     say,
 )
-from hpcresume.errors import RunDirError, SlurmUnreachableError
+from hpcresume.errors import SlurmUnreachableError
 
 if TYPE_CHECKING:
     from hpcresume.launch.drive import Step
@@ -109,14 +109,6 @@ def _requeue(run: RunDir, *, patience_s: float) -> Step:
 
 def _unite(run: RunDir) -> Step:
     from hpcresume.launch.drive import Step as DriveStep
-    from hpcresume.launch.rounds import plan_settings, settle
-    from hpcresume.merge.plan import newest_plan
-    from hpcresume.run.manifest import Manifest
+    from hpcresume.launch.drive import unite
 
-    plan = newest_plan(run)
-    if plan is None:
-        raise RunDirError(
-            f"{run.path} has no round yet. Nothing was submitted. Run: hpcresume submit PIPELINE",
-            path=run.path,
-        )
-    return DriveStep("merged", settle(run, Manifest.open(run), plan_settings(plan)))
+    return DriveStep("merged", unite(run))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from hpcresume.run.directory import RunDir
 
 REDRAW_S = 2.0
-# squeue burdens a controller that every user shares.
-ASK_SLURM_S = 30.0
 LOG_LINE_S = 60.0
 # Reading stops here and goes on at the next redraw, so that keys are answered.
 BUDGET_S = 0.5
@@ -81,6 +78,8 @@ def _write_metrics(found: Status, path: Path | None) -> None:
 
 
 def _watch(run: RunDir, metrics: Path | None, *, as_json: bool) -> int:
+    from hpcresume.observe.status import readings
+
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json:
         return _watch_terminal(run, metrics)
     for found in readings(run, pause_s=REDRAW_S if as_json else LOG_LINE_S):
@@ -95,47 +94,20 @@ def _watch(run: RunDir, metrics: Path | None, *, as_json: bool) -> int:
 
 def _watch_terminal(run: RunDir, metrics: Path | None) -> int:
     from hpcresume.cli.watch import watch_terminal
+    from hpcresume.observe.status import readings
 
-    read = _reading(run, budget_s=BUDGET_S)
+    def all_written() -> Iterator[Status]:
+        # The view itself waits between two readings, for keys.
+        for found in readings(run, pause_s=0.0, budget_s=BUDGET_S):
+            _write_metrics(found, metrics)
+            yield found
 
-    def and_write() -> Status:
-        found = read()
-        _write_metrics(found, metrics)
-        return found
-
-    found = watch_terminal(and_write, pause_s=REDRAW_S)
+    found = watch_terminal(all_written(), pause_s=REDRAW_S)
     if found is None:
         say("left; the run goes on. To watch it again: hpcresume status --watch")
         return 0
     say("\n".join(status_lines(found)))
     return exit_code_of(found.state)
-
-
-def _reading(run: RunDir, *, budget_s: float | None = None) -> Callable[[], Status]:
-    """Return what reads how the run stands, and asks Slurm from time to time."""
-    from hpcresume.observe.status import Watcher
-
-    watcher, asked_at = Watcher(run), -ASK_SLURM_S
-
-    def read() -> Status:
-        nonlocal asked_at
-        ask = time.monotonic() - asked_at >= ASK_SLURM_S
-        if ask:
-            asked_at = time.monotonic()
-        return watcher.read(ask_slurm=ask, budget_s=budget_s)
-
-    return read
-
-
-def readings(run: RunDir, *, pause_s: float) -> Iterator[Status]:
-    """Yield how the run stands until it has ended; the last one says how."""
-    pause, read = threading.Event(), _reading(run)
-    while True:
-        found = read()
-        yield found
-        if found.ended:
-            return
-        pause.wait(pause_s)
 
 
 def status_line(found: Status) -> str:

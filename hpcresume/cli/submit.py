@@ -90,6 +90,9 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--signal-lead", type=int, metavar="S", help="Signal S s before the limit."),
         click.option("--max-attempts", type=int, metavar="N", help="Tries per source."),
         click.option("--max-rounds", type=int, metavar="N", help="Stop after N rounds."),
+        click.option(
+            "--on-end", metavar="COMMAND", help="Run once when the run has ended; JSON on stdin."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -143,7 +146,7 @@ def _flags(given: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, dict[s
         )
     }
     return {
-        "run": {"max_attempts": given["max_attempts"], "max_rounds": given["max_rounds"]},
+        "run": {name: given[name] for name in ("max_attempts", "max_rounds", "on_end")},
         "sync": {"max_age_s": interval},
         "task": {
             "local_dir": given["local_dir"],
@@ -352,9 +355,9 @@ def _submit(ready: Ready) -> Step:
 
 def _wait(ready: Ready) -> Step:
     """Wait for a run on Slurm by its files; Ctrl-C leaves the jobs running."""
-    from hpcresume.cli.status import readings
     from hpcresume.launch.drive import Step as DriveStep
     from hpcresume.launch.rounds import stand
+    from hpcresume.observe.status import readings
 
     run, manifest = ready.prepared.run, ready.prepared.manifest
     said = 0.0

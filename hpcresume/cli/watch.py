@@ -15,7 +15,7 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -279,11 +279,11 @@ def _key(fd: int, pause_s: float) -> str:
     return "q" if ready and not text else _ESCAPES.get(text, text[:1])
 
 
-def watch_terminal(read: Callable[[], Status], *, pause_s: float) -> Status | None:
+def watch_terminal(readings: Iterable[Status], *, pause_s: float) -> Status | None:
     """Show a run until it ends or the user leaves.
 
     Args:
-        read: Reads how the run stands.
+        readings: How the run stands, again and again until it ends.
         pause_s: Seconds between two readings.
 
     Returns:
@@ -291,11 +291,10 @@ def watch_terminal(read: Callable[[], Status], *, pause_s: float) -> Status | No
     """
     console, view = Console(), View()
     with keyboard() as wait, Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            found = read()
+        for found in readings:
             due = time.monotonic() + (pause_s if found.seen == 1 else 0.0)
-            going = True
-            while going:
+            key = "redraw"
+            while key:
                 size = console.size
                 drawn = frame(found, view, width=size.width, height=size.height)
                 live.update(drawn, refresh=True)
@@ -304,4 +303,4 @@ def watch_terminal(read: Callable[[], Status], *, pause_s: float) -> Status | No
                 key = wait(max(0.0, due - time.monotonic()))
                 if not view.press(key):
                     return None
-                going = bool(key)
+    return None

@@ -49,6 +49,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_rounds: Count
     max_no_progress_rounds: Positive
     min_task_s: Annotated[float, Meta(ge=0, description="seconds, from 0")]
+    # The plans of older runs hold no such key.
+    on_end: str = ""
 
 
 class SyncSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -19,6 +19,7 @@ from hpcresume import slurm
 from hpcresume.config import Resolved, Settings, load_settings
 from hpcresume.errors import InternalError, LocalStorageError, RunDirError, SlurmRefusedError
 from hpcresume.launch.cancelled import cancelled_tasks
+from hpcresume.launch.ending import ENDS, tell_end
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
@@ -139,16 +140,38 @@ def merge_step(run: RunDir) -> Step:
         SlurmUnreachableError: The controller does not answer; run it again.
     """
     with one_at_a_time(run):
-        return until_planned(lambda: _merge_once(run))
+        step = until_planned(lambda: _merge_once(run))
+    tell_of(run, step, plan_settings(_newest_plan(run)))
+    return step
 
 
-def _merge_once(run: RunDir) -> Step:
+def unite(run: RunDir) -> Standing:
+    """Unite what has been published into a generation; nothing is submitted.
+
+    Raises:
+        RunDirError: The run has no round yet.
+    """
+    return settle(run, Manifest.open(run), plan_settings(_newest_plan(run)))
+
+
+def _newest_plan(run: RunDir) -> Plan:
     plan = newest_plan(run)
     if plan is None:
         raise RunDirError(
             f"{run.path} has no round yet. Nothing was submitted. Run: hpcresume submit PIPELINE",
             path=run.path,
         )
+    return plan
+
+
+def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
+    """Tell the user's command of a run's end, where a step led to one."""
+    if step.state in ENDS:
+        tell_end(run, step.standing.union.number, settings.run.on_end)
+
+
+def _merge_once(run: RunDir) -> Step:
+    plan = _newest_plan(run)
     if plan.footer.launch.cluster != "slurm":
         raise RunDirError(
             f"{run.path} was last run on one machine, without Slurm. Nothing was submitted. "

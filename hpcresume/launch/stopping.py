@@ -7,15 +7,70 @@ that escape both, since their submitter died, read the mark at their start and e
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hpcresume import slurm
-from hpcresume.merge.plan import array_name
-from hpcresume.run.directory import JobRecord, RunDir
+from hpcresume.errors import SlurmUnreachableError
+from hpcresume.merge.plan import array_name, open_plan
+from hpcresume.observe.liveness import is_here, is_running
+from hpcresume.run.directory import JobRecord, RunDir, check_owner
 
 _LOOK_AGAIN_S = 0.5
 _MERGE_END_S = 60.0
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What was asked to end: ids of Slurm jobs, and of processes of this machine."""
+
+    jobs: list[str]
+    processes: list[int]
+
+
+def stop_run(run: RunDir) -> Stopped:
+    """Stop a run: its tasks publish what they committed and end.
+
+    Raises:
+        RunDirError: It belongs to somebody else.
+        SlurmUnreachableError: The stop mark is set, but its jobs are still in the queue.
+    """
+    check_owner(run.path)
+    # First the mark: a task that ends now reads it before it would requeue itself.
+    run.set_mark("stop")
+    return Stopped(_cancel_jobs(run), _stop_processes(run))
+
+
+def _cancel_jobs(run: RunDir) -> list[str]:
+    clusters = {open_plan(run, number).footer.launch.cluster for number in run.rounds()}
+    if "slurm" not in clusters:
+        return []
+    try:
+        return cancel_run(run)
+    except SlurmUnreachableError as error:
+        raise SlurmUnreachableError(
+            f"{error} The stop mark is set all the same: no task of this run starts to work "
+            "or requeues itself. Run the same command again to take its jobs out of the queue.",
+            **error.fields,
+        ) from error
+
+
+def _stop_processes(run: RunDir) -> list[int]:
+    stopped = []
+    for ref in run.all_attempts():
+        info = run.attempt_info(ref)
+        if info is None or info.array_job_id or run.outcome(ref) is not None:
+            continue
+        if is_here(info) and is_running(info):
+            try:
+                os.kill(info.pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+            stopped.append(info.pid)
+    return stopped
 
 
 def cancel_run(run: RunDir) -> list[str]:

@@ -26,8 +26,10 @@ from hpcresume.launch.drive import (
     finish_run,
     one_at_a_time,
     submit_planned,
+    tell_of,
     until_planned,
 )
+from hpcresume.launch.ending import check_on_end
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
@@ -93,6 +95,7 @@ def make_ready(submission: Submission) -> Ready:
     if resolved.settings.task.env_file:
         # Every attempt reads it again; a mistake in it is better heard of now.
         read_env_file(resolved.settings.task.env_file)
+    check_on_end(resolved.settings.run.on_end)
     prepared = prepare(
         submission.target,
         submission.params,
@@ -206,7 +209,7 @@ def run_local(
     on_recovered: Callable[[int], None],
 ) -> Step:
     """Run in the foreground of this machine."""
-    return LocalRun(
+    step = LocalRun(
         run=ready.prepared.run,
         manifest=ready.prepared.manifest,
         pipeline=ready.prepared.loaded.pipeline,
@@ -216,6 +219,8 @@ def run_local(
         on_progress=on_progress,
         on_recovered=on_recovered,
     ).execute()
+    tell_of(ready.prepared.run, step, ready.resolved.settings)
+    return step
 
 
 def submit_to_slurm(ready: Ready) -> Step:
@@ -225,7 +230,21 @@ def submit_to_slurm(ready: Ready) -> Step:
         SlurmUnreachableError, SlurmRefusedError: Nothing is lost; submit again.
     """
     with one_at_a_time(ready.prepared.run):
-        return until_planned(lambda: _submit_once(ready))
+        step = until_planned(lambda: _submit_once(ready))
+    tell_of(ready.prepared.run, step, ready.resolved.settings)
+    return step
+
+
+def start(ready: Ready) -> Step:
+    """Start a run that is ready, without a word: on one machine until it has ended."""
+    if ready.launch.cluster == "slurm":
+        return submit_to_slurm(ready)
+    return run_local(
+        ready,
+        on_round=lambda _plan: None,
+        on_progress=lambda _tasks: None,
+        on_recovered=lambda _sources: None,
+    )
 
 
 def _submit_once(ready: Ready) -> Step:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpcresume.errors import UsageError
+from hpcresume.fs import replace_file
 from hpcresume.observe.status import ENDED_STATES, Status
 
 _STATES = ("planned", "waiting", "running", *sorted(ENDED_STATES))
@@ -69,16 +67,10 @@ def write_metrics(found: Status, path: Path) -> None:
     Raises:
         UsageError: It cannot be written.
     """
-    # A dot keeps an exporter that reads *.prom from taking it.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_text(openmetrics(found), encoding="utf-8")
         # The exporter is another user, and the umask of who watches may keep it out.
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        replace_file(str(path), openmetrics(found).encode(), mode=0o644)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UsageError(
             f"cannot write the metrics to {path}: {error.strerror or error}. The run is not "
             "affected. Give --metrics a file in a directory that you may write.",

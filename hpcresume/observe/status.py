@@ -7,9 +7,10 @@ rules.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -230,6 +231,30 @@ def read_status(run: RunDir, *, ask_slurm: bool = True) -> Status:
         CorruptDataError: The manifest is damaged.
     """
     return Watcher(run).read(ask_slurm=ask_slurm)
+
+
+ASK_SLURM_S = 30.0
+"""squeue burdens a controller that every user shares."""
+
+
+def readings(run: RunDir, *, pause_s: float, budget_s: float | None = None) -> Iterator[Status]:
+    """Yield how the run stands until it has ended; the last one says how.
+
+    Args:
+        run: The run.
+        pause_s: Seconds between two readings.
+        budget_s: Seconds that one reading takes at most, about.
+    """
+    watcher, asked_at, pause = Watcher(run), -ASK_SLURM_S, threading.Event()
+    while True:
+        ask = time.monotonic() - asked_at >= ASK_SLURM_S
+        if ask:
+            asked_at = time.monotonic()
+        found = watcher.read(ask_slurm=ask, budget_s=budget_s)
+        yield found
+        if found.ended and found.seen == 1:
+            return
+        pause.wait(pause_s)
 
 
 def _judge(reader: Reader, life: Life) -> Status:

@@ -17,6 +17,7 @@
                                    outcome.json
       merge/gen-000001             what is done, as of one merge
       control/0001-stop            stop and resume marks; the highest number counts
+      control/ended-000007         the end that generation 7 recorded has been told of
       control/accepted-0001        a fingerprint that replaces run.json's, as the user accepted
       schema                       of Parquet parts, where none was given; the first one counts
       finish/                      what Pipeline(finish=...) made
@@ -525,6 +526,21 @@ class RunDir:
 
     def _claim_path(self, round_: int, first: int) -> str:
         return self.round_path(round_, f"claim-{first:05d}" if first else "claim")
+
+    def claim_end(self, generation: int) -> bool:
+        """Claim to tell the user of the end that a generation recorded; False: another did.
+
+        Raises:
+            SharedStorageError: The file system refused.
+        """
+        path = self.join("control", f"ended-{generation:06d}")
+        try:
+            # A nonce: a file of the same content would count as this process's own.
+            nonce = secrets.token_hex(8).encode()
+            publish(self.fs, path, [nonce], label="record", exclusive=True)
+        except FileExistsError:
+            return False
+        return True
 
     def marks(self) -> list[tuple[int, str]]:
         """Return the stop and resume marks, oldest first."""

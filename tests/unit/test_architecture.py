@@ -39,7 +39,9 @@ ARROWS: dict[str, set[str]] = {
     "serving": {"pipeline"},
     "engine": RUN | {"pipeline", "ledger", "sinks"},
     "task": RUN | {"engine", "ledger", "merge", "config", "slurm", "pipeline"},
-    "launch": RUN | {"task", "engine", "merge", "config", "slurm", "pipeline", "results"},
+    "launch": RUN
+    | {"task", "engine", "merge", "config", "slurm", "pipeline", "results", "observe"},
+    "api": RUN | {"launch", "merge", "observe", "results"},
     "doctor": {"engine", "slurm", "fs", "config", "run"},
     "evals": RUN | {"launch", "pipeline", "results", "merge"},
     "examples": {"(public)"},

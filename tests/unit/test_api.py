@@ -1,0 +1,224 @@
+"""The commands as Python functions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+import hpcresume as hr
+from hpcresume.errors import PipelineError, RunDirError, UsageError
+from hpcresume.segment.segment import Progress
+from tests.support.places import REPOSITORY
+from tests.support.runs import make_run
+
+PIPELINE = """
+import hpcresume as hr
+
+def square(x: int) -> dict:
+    if x == 3:
+        raise ValueError("three")
+    return {"x": x, "square": x * x}
+
+def pipeline(n: int = 6) -> hr.Pipeline:
+    return hr.Pipeline(name="squares", sources=hr.indexed(n, int), stages=[hr.stage(square)])
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A directory that holds pipeline.py, as the current one."""
+    (tmp_path / "pipeline.py").write_text(PIPELINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPCRESUME_TASK__LOCAL_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_submit_runs_and_the_run_mirrors_the_commands(written):
+    """Submit, status, rows, failures, collect and report of a local run, without a word."""
+    run = hr.submit(
+        "pipeline.py",
+        params={"n": 5},
+        cluster="local",
+        settings={"task": {"engine": "inline"}, "run": {"max_attempts": 1}},
+    )
+
+    assert ("incomplete", 4) == (run.status()["state"], hr.status(run)["sources"]["completed"])
+    assert [0, 1, 4, 16] == [row["square"] for row in run.rows()]
+    assert [("3", "square", "ValueError")] == [
+        (one.source, one.stage, one.kind) for one in run.failures()
+    ]
+    report = run.collect("out.jsonl")
+    assert (4, 1) == (report.rows, report.quarantined)
+    run.report("report.html")
+    assert "squares" in (written / "report.html").read_text()
+    assert "incomplete" == run.wait()["state"]
+    assert run.status() == hr.status(run.path)
+
+
+def test_submitting_again_goes_on(written):
+    """The same call continues the same run, as the command does."""
+    first = hr.submit("pipeline.py", cluster="local", settings={"task": {"engine": "inline"}})
+    again = hr.submit("pipeline.py", cluster="local", retry_quarantined=True,
+                      settings={"task": {"engine": "inline"}})  # fmt: skip
+
+    assert first.path == again.path
+    assert 5 == again.status()["sources"]["completed"]
+
+
+def test_a_pipeline_function_is_taken_from_its_file(written, monkeypatch):
+    """A function that was imported from a file stands for file.py:name."""
+    monkeypatch.syspath_prepend(str(written))
+    monkeypatch.delitem(sys.modules, "pipeline", raising=False)
+    import pipeline
+
+    run = hr.submit(pipeline.pipeline, cluster="local", settings={"task": {"engine": "inline"}})
+    monkeypatch.delitem(sys.modules, "pipeline")
+
+    assert 5 == run.status()["sources"]["completed"]
+
+
+def test_a_notebooks_pipeline_is_refused_with_the_way_out():
+    """What a cell defines has no file: the message says how to write it to one."""
+    cell = types.ModuleType("__main__")
+    exec(compile(PIPELINE, "<ipython-input-3>", "exec"), cell.__dict__)
+    cell.pipeline.__module__ = "notebook_cell"
+    sys.modules["notebook_cell"] = cell
+    try:
+        with pytest.raises(PipelineError, match=r"'pipeline' is defined in a notebook") as caught:
+            hr.submit(cell.pipeline)
+    finally:
+        del sys.modules["notebook_cell"]
+
+    assert "%%writefile pipeline.py" in str(caught.value)
+    assert "hr.submit('pipeline.py')" in str(caught.value)
+
+
+def test_at_the_prompt_it_is_the_same():
+    """A script on stdin is a prompt, too: the error is that of exit code 10."""
+    code = (
+        PIPELINE + "\ntry: hr.submit(pipeline)\nexcept hr.HpcResumeError as e: print(e.exit_code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=code,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ("10\n", 0) == (done.stdout, done.returncode), done.stderr
+
+
+def test_what_is_no_pipeline_function_is_refused(written):
+    """A Pipeline object, and a function within a function, cannot be built by array tasks."""
+    built = hr.Pipeline(name="p", sources=hr.indexed(1, int), stages=[hr.stage(lambda x: x)])
+
+    def inner() -> hr.Pipeline:
+        return built
+
+    with pytest.raises(PipelineError, match="a Pipeline cannot be submitted"):
+        hr.submit(built)
+    with pytest.raises(PipelineError, match="within a function"):
+        hr.submit(inner)
+
+
+@pytest.mark.parametrize("wrong", [{"array": 0}, {"cluster": "pbs"}])
+def test_wrong_arguments_are_usage_errors(written, wrong):
+    """As on the command line."""
+    with pytest.raises(UsageError):
+        hr.submit("pipeline.py", **wrong)
+
+
+def test_status_of_no_run_says_so(tmp_path):
+    """The error is the command's."""
+    with pytest.raises(RunDirError, match="not a run directory"):
+        hr.status(tmp_path)
+
+
+def test_wait_gives_up_in_time(tmp_path):
+    """With a limit it returns how the run stands, running or not."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0]], progress=Progress(completed=1, left=2))
+
+    assert "running" == hr.Run(made.path).wait(timeout_s=0)["state"]
+
+
+def test_cancel_leaves_the_stop_mark(tmp_path):
+    """Nothing of it runs, so nobody is asked to end; cancelling twice does no harm."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(pid=2**22 + 1), [[0, 1]])
+    run = hr.Run(made.path)
+
+    assert ([], []) == (run.cancel().jobs, run.cancel().processes)
+    assert made.run.stop_requested()
+
+
+def test_merge_unites_what_was_published(written):
+    """It returns the generation's counts, and a second merge finds nothing new."""
+    run = hr.submit("pipeline.py", cluster="local", settings={"task": {"engine": "inline"}})
+    found = [run.merge().union for _ in range(2)]
+
+    assert [(5, found[0].number)] * 2 == [(len(one.completed), one.number) for one in found]
+
+
+def test_log_lines_of_a_source(tmp_path):
+    """Only lines of tasks that had the source, and not those of a longer id."""
+    made = make_run(tmp_path, sources=4, tasks=2)
+    made.log("task-00000.log", "INFO s1.txt/parse.0: ok\nINFO s1.txt.bak: no\nINFO s0.txt: no\n")
+    made.log("task-00001.log", "INFO s1.txt: not mine\n")
+    found = hr.Run(made.path).log_lines("s1.txt")
+
+    assert 1 == len(found)
+    assert found[0].endswith("task-00000.log:1:INFO s1.txt/parse.0: ok")
+    with pytest.raises(UsageError, match="no source 'nope'"):
+        hr.Run(made.path).log_lines("nope")
+
+
+# -- the end of a run ---------------------------------------------------------------------------
+
+
+def ends(directory):
+    """Return the states that the command on-end was told of."""
+    path = directory / "ends.jsonl"
+    return (
+        [json.loads(line)["state"] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
+
+
+def test_the_command_is_told_of_each_end_once(written):
+    """It gets the status on stdin; submitting a run that has ended tells it nothing again."""
+    command = f"sh -c 'cat >> {written}/ends.jsonl; echo >> {written}/ends.jsonl'"
+    settings = {"task": {"engine": "inline"}, "run": {"on_end": command, "max_attempts": 1}}
+    hr.submit("pipeline.py", cluster="local", settings=settings)
+    hr.submit("pipeline.py", cluster="local", settings=settings)
+    once = ends(written)
+    text = (written / "pipeline.py").read_text()
+    (written / "pipeline.py").write_text(text.replace("x == 3", "x == 99"))
+    hr.submit("pipeline.py", cluster="local", settings=settings, retry_quarantined=True)
+
+    assert (["incomplete"], ["incomplete", "complete"]) == (once, ends(written))
+
+
+def test_a_command_that_fails_changes_nothing(written, caplog):
+    """Its exit code is logged; the run is as it is."""
+    settings = {"task": {"engine": "inline"}, "run": {"on_end": "sh -c 'exit 3'"}}
+    run = hr.submit("pipeline.py", params={"n": 3}, cluster="local", settings=settings)
+
+    assert "complete" == run.status()["state"]
+    assert "exited with 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "why"), [("no-such-command x", "no command"), ("a 'b", "closing")]
+)
+def test_a_command_that_cannot_run_is_refused_at_once(written, command, why):
+    """Hours later nobody would see it."""
+    with pytest.raises(UsageError, match=f"--on-end.*{why}"):
+        hr.submit("pipeline.py", cluster="local", settings={"run": {"on_end": command}})
