@@ -4,7 +4,6 @@ HpcResumeError                     70
 ├── UsageError                      2   the command line cannot be right
 ├── PipelineError                  10   the pipeline's file cannot be loaded or is not a pipeline
 ├── NotResumableError              11   a stage whose output belongs to no single source
-├── StaleAttemptError              12   a newer attempt of this array task exists
 ├── SourcesError                   13   the sources cannot be listed (duplicate ids, bad rows)
 ├── ChangedRunError                14   the run was made with other settings
 ├── ConfigError                    15   a setting, a site file or a template is wrong
@@ -13,7 +12,6 @@ HpcResumeError                     70
 ├── StageStartError                18   a stage cannot start, or its file not load, on the node
 ├── RowError                       19   a row that JSON cannot hold
 ├── SharedStorageError             20   the run directory's file system refused or did not answer
-│   └── DeadlineExceededError      21   it did not answer in time
 ├── CorruptDataError               22   a published file fails its own digest
 ├── SlurmMissingError              30   no Slurm commands here
 ├── SlurmUnreachableError          31   the controller does not answer
@@ -73,22 +71,6 @@ class NotResumableError(HpcResumeError):
     exit_code = 11
 
 
-class StaleAttemptError(HpcResumeError):
-    """A newer attempt of this array task exists, so this one must stop writing."""
-
-    exit_code = 12
-
-    def __init__(self, task: int, mine: int, newest: int) -> None:
-        super().__init__(
-            f"array task {task}: attempt {mine} was superseded by attempt {newest}. "
-            "Slurm restarted the task while this process was still alive. "
-            "Nothing is lost; this process stops. To see both: hpcresume status",
-            task=task,
-            mine=mine,
-            newest=newest,
-        )
-
-
 class SourcesError(HpcResumeError):
     """The sources cannot be listed: a duplicate id, an unreadable file, a bad row."""
 
@@ -135,12 +117,6 @@ class SharedStorageError(HpcResumeError):
     """The run directory's file system refused an operation; local data is intact."""
 
     exit_code = 20
-
-
-class DeadlineExceededError(SharedStorageError):
-    """The run directory's file system did not answer in time; local data is intact."""
-
-    exit_code = 21
 
 
 class CorruptDataError(HpcResumeError):

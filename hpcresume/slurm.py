@@ -760,11 +760,32 @@ def _run(command: list[str], *, conf: Path | None, timeout_s: float) -> str:
     if _NO_ANSWER.search(complaint):
         raise _unreachable(command, complaint)
     raise SlurmRefusedError(
-        f"Slurm refused `{_shown(command)}`: {complaint}",
+        f"Slurm refused `{_shown(command)}`: {complaint}{_remedy(command, complaint)}",
         command=command,
         stderr=complaint,
         returncode=done.returncode,
     )
+
+
+_REMEDIES = {
+    r"account": "Give one of yours with -A: sacctmgr show associations user=$USER format=account",
+    r"partition": "Give another with -p: sinfo --summarize lists them",
+    r"qos": "Give another with -q: sacctmgr show associations user=$USER format=qos",
+    r"time limit": "Give a shorter one with -t: sinfo -o '%P %l' lists the longest",
+    r"node configuration|memory|cpu": "Ask for what a node has: sinfo -o '%P %c %m %G' lists it",
+}
+"""What to do about what sbatch refuses, by a word of its complaint."""
+
+
+def _remedy(command: list[str], complaint: str) -> str:
+    if not command[0].endswith("sbatch"):
+        return ""
+    found = next(
+        (text for word, text in _REMEDIES.items() if re.search(word, complaint, re.IGNORECASE)),
+        "Ask for something else, or ask the centre's support",
+    )
+    dot = "" if complaint.endswith(".") else "."
+    return f"{dot} Nothing is lost. {found}. Then submit again."
 
 
 def _shown(command: list[str]) -> str:

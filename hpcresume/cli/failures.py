@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from hpcresume.run.directory import RunDir
 
 _TRACEBACK_LINES = 12
+# Python's words for a list that came where one item was expected.
+_GOT_A_LIST = re.compile(r"'list' object has no|list indices must|not 'list'|not list\b|got list")
 
 
 @click.command()
@@ -49,6 +52,8 @@ def _lines(failed: FailedSource) -> Iterator[str]:
     if failed.item != failed.source:
         yield f"  item {failed.item}"
     yield f"  {failed.kind}: {failed.message}"
+    if _GOT_A_LIST.search(failed.message):
+        yield "  a list is one value: `yield` its items in the stage before, or return hr.Many(...)"
     lines = failed.traceback.rstrip().splitlines()
     if len(lines) > _TRACEBACK_LINES:
         yield f"    ... {len(lines) - _TRACEBACK_LINES} lines before; all of them: --json"

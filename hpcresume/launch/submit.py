@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -301,7 +302,10 @@ def parse_array(text: str) -> tuple[int, int]:
     except ValueError:
         numbers = (0, 0)
     if numbers[0] < 1 or numbers[1] < 0:
+        spelt = re.fullmatch(r"0-(\d+)", tasks)
+        meant = f" Did you mean {int(spelt[1]) + 1}?" if spelt else ""
         raise UsageError(
-            f"--array {text!r}: give the number of array tasks, or N%M to run M of them at once."
+            f"--array {text!r} is not a number of array tasks.{meant} "
+            "Give how many there may be, or N%M to run M of them at once."
         )
     return numbers

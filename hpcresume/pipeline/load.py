@@ -323,7 +323,7 @@ def _call(fn: Any, params: Mapping[str, Any], spec: PipelineSpec, attr: str) -> 
     except (Exception, SystemExit) as error:
         frames = _user_frames(error.__traceback__)
         raise PipelineError(
-            f"{_place(spec, error, frames)}: {attr}() raised {_brief(error)}. "
+            f"{_place(spec, error, frames)}: {attr}() raised {_brief(error)} "
             f"It has to return the pipeline.{_trace_text(frames)}",
             path=str(spec.path),
         ) from error
@@ -343,18 +343,20 @@ def _no_such_attribute(module: ModuleType, spec: PipelineSpec, attr: str) -> Pip
 
 
 def _not_a_pipeline(spec: PipelineSpec, what: str, value: Any) -> PipelineError:
+    hint = " Does the function end without `return`?" if value is None else ""
     return PipelineError(
         f"{spec.path}: {what} is {value!r} ({type(value).__qualname__}), not a Pipeline. "
-        "It has to be an hr.Pipeline or a function that returns one.",
+        f"Give an hr.Pipeline, or a function that returns one.{hint}",
         path=str(spec.path),
     )
 
 
 def _import_error(spec: PipelineSpec, error: BaseException) -> PipelineError:
     frames = _user_frames(error.__traceback__)
+    remedy = "" if isinstance(error, HpcResumeError) else f" To try it alone: python {spec.path}"
     return PipelineError(
-        f"{_place(spec, error, frames)}: {_brief(error)}. "
-        f"The pipeline's file does not import.{_trace_text(frames)}",
+        f"{_place(spec, error, frames)}: {_brief(error)} "
+        f"The pipeline's file does not import.{remedy}{_trace_text(frames)}",
         path=str(spec.path),
     )
 
@@ -369,12 +371,16 @@ def _place(spec: PipelineSpec, error: BaseException, frames: list[traceback.Fram
 
 def _user_frames(tb: TracebackType | None) -> list[traceback.FrameSummary]:
     """Return the frames that are neither ours nor the import system's."""
-    hidden = ("<frozen importlib", __file__, importlib.__file__)
+    hidden = ("<frozen importlib", str(Path(__file__).parent), importlib.__file__)
     return [f for f in traceback.extract_tb(tb) if not f.filename.startswith(hidden)]
 
 
 def _brief(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    """Return an exception in one line that ends in a full stop; our own says all itself."""
+    if isinstance(error, HpcResumeError):
+        return str(error)
+    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    return text if text.endswith(".") else f"{text}."
 
 
 def _trace_text(frames: list[traceback.FrameSummary]) -> str:

@@ -117,7 +117,7 @@ def _refuse_unknown(given: Mapping[str, Any], named: Mapping[str, inspect.Parame
             continue
         near = difflib.get_close_matches(name, named, n=1)
         suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        known = f"Parameters are: {', '.join(named)}." if named else "It takes none."
+        known = f"Give one of: {', '.join(named)}." if named else "It takes none: run without -P."
         raise UsageError(
             f"the pipeline has no parameter {name!r}.{suggestion} {known}", parameter=name
         )
@@ -141,7 +141,8 @@ def _converted(fn: Callable[..., Any], parameter: inspect.Parameter, value: Any)
     except (ValueError, TypeError) as error:
         detail = f" ({error})" if str(error) else ""
         raise UsageError(
-            f"parameter {parameter.name!r}: {value!r} is not {_type_text(wanted)}{detail}.",
+            f"parameter {parameter.name!r}: {value!r} is not {_type_text(wanted)}{detail}. "
+            f"Give one that is: -P {parameter.name}=...",
             parameter=parameter.name,
             value=repr(value),
         ) from error

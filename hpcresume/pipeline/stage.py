@@ -206,7 +206,7 @@ def as_stage(obj: object) -> Stage:
         raise PipelineError(
             f"a stage is {obj!r} ({type(obj).__qualname__}), which cannot be called. "
             "A stage is a function, a Stage, or another callable. "
-            "Look for a call where the function itself was meant, parse() for parse."
+            "Give the function itself: `parse`, not `parse()`."
         )
     _check_options(made)
     return made

@@ -254,7 +254,7 @@ class Manifest:
         parts = []
         for number in run.part_numbers():
             with storage_errors("read", run.part_path(number)):
-                container = open_container(run.fs, run.part_path(number), KIND, PartFooter)
+                container = _open_part(run, number)
             if container.footer.run_id != run.run_id:
                 raise CorruptDataError(
                     f"{container.path} belongs to run {container.footer.run_id}. "
@@ -323,6 +323,19 @@ class Manifest:
                 if digest == wanted and self.entry(index).source_id == source_id:
                     return index
         raise KeyError(source_id)
+
+
+def _open_part(run: RunDir, number: int) -> Container[PartFooter]:
+    path = run.part_path(number)
+    try:
+        return open_container(run.fs, path, KIND, PartFooter)
+    except CorruptDataError as error:
+        raise CorruptDataError(
+            f"{path} is damaged. The manifest says what the run's sources are and cannot be "
+            "guessed; published results are as they were. Restore the file from a backup, or "
+            "begin a new run with another --run-dir.",
+            path=path,
+        ) from error
 
 
 def refuse_duplicates(manifest: Manifest) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from tests.support.fuse import fuse_mount
 from tests.support.local import INLINE, Desk, Ended, flip, kill_family
 from tests.support.mounts import tmpfs
 from tests.support.pipelines import fan_result, write_fan
-
-SLURM_COMMANDS = ("sbatch", "squeue", "scontrol", "sacct", "scancel", "sinfo")
+from tests.support.slurm_fakes import fake_slurm
 
 
 @pytest.fixture
@@ -56,7 +54,10 @@ REFUSED = {
         GOOD, ("p.py:pipelin",), 10, ("no 'pipelin'", "Pipelines in it: pipeline", "Give p.py:")
     ),
     "not a pipeline": Case(
-        "def pipeline():\n    return 42", ("p.py",), 10, ("42 (int), not a Pipeline", "has to be")
+        "def pipeline():\n    return 42",
+        ("p.py",),
+        10,
+        ("42 (int), not a Pipeline", "function that returns one"),
     ),
     "does not import": Case(
         "import no_such_library",
@@ -102,7 +103,10 @@ REFUSED = {
     ),
     "parameter without a value": Case(GOOD, ("p.py", "-P", "n"), 2, ("'n'", "give KEY=VALUE")),
     "array is no number": Case(
-        GOOD, ("p.py", "--array", "0-7"), 2, ("--array '0-7'", "number of array tasks", "N%M")
+        GOOD,
+        ("p.py", "--array", "0-7"),
+        2,
+        ("--array '0-7'", "number of array tasks", "Did you mean 8?", "N%M"),
     ),
     "array of nothing": Case(GOOD, ("p.py", "--array", "0"), 2, ("--array '0'",)),
     "unknown option": Case(GOOD, ("p.py", "--arry", "2"), 2, ("--arry", "--array")),
@@ -350,16 +354,6 @@ def test_local_dir_on_a_shared_file_system(desk: Desk) -> None:
 
 
 # -- Slurm --------------------------------------------------------------------------------------
-
-
-def fake_slurm(directory: Path, body: str) -> dict[str, str]:
-    """Put commands named as Slurm's first on the path; return the environment."""
-    directory.mkdir()
-    for name in SLURM_COMMANDS:
-        path = directory / name
-        path.write_text(f"#!/bin/sh\n{textwrap.dedent(body)}")
-        path.chmod(0o755)
-    return {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}"}
 
 
 def test_no_slurm_here(desk: Desk) -> None:
