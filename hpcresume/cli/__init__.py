@@ -27,6 +27,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 COMMANDS = {
     "submit": ("hpcresume.cli.submit:submit", "Start a run, or continue one."),
     "trial": ("hpcresume.cli.trial:trial", "Run a sample of the sources and write nothing."),
+    "eval": ("hpcresume.cli.eval:evaluate", "Evaluate a dataset with a workflow or an endpoint."),
     "status": ("hpcresume.cli.status:status", "Show what is done, left, failing and at risk."),
     "merge": ("hpcresume.cli.merge:merge", "Unite what the tasks of a run completed."),
     "collect": ("hpcresume.cli.collect:collect", "Write the final results to one file."),

@@ -110,7 +110,7 @@ def make_submission(target: str, sbatch_options: tuple[str, ...], given: Mapping
     array, throttle = parse_array(given["array"]) if given["array"] else (None, 0)
     return Submission(
         target=target,
-        params=_parameters(given["param"], given["params_file"]),
+        params=parameters(given["param"], given["params_file"]),
         flags=_flags(given, sbatch_options),
         run_dir=given["run_dir"],
         cluster=given["cluster"],
@@ -123,7 +123,12 @@ def make_submission(target: str, sbatch_options: tuple[str, ...], given: Mapping
     )
 
 
-def _parameters(pairs: tuple[str, ...], path: Path | None) -> dict[str, Any]:
+def parameters(pairs: tuple[str, ...], path: Path | None) -> dict[str, Any]:
+    """Return the parameters of -P and --params, as texts and values.
+
+    Raises:
+        UsageError: One is not KEY=VALUE, or the file cannot be read.
+    """
     from hpcresume.errors import UsageError
     from hpcresume.pipeline.params import read_params_file
 

@@ -76,7 +76,7 @@ def trial(
       hpcresume trial pipeline.py --source pages/17.html --pdb
       hpcresume trial pipeline.py -n 100 -t 4:00:00 --json
     """
-    from hpcresume.cli.submit import _parameters
+    from hpcresume.cli.submit import parameters
     from hpcresume.launch.trial import run_trial
     from hpcresume.pipeline.load import load_pipeline, parse_target
 
@@ -86,7 +86,7 @@ def trial(
             "The debugger opens in this one. Leave --engine ray out."
         )
     debugger = _Debugger() if debug else None
-    params = _parameters(given["param"], given["params_file"])
+    params = parameters(given["param"], given["params_file"])
     with _stdout_kept_for_data():
         loaded = load_pipeline(parse_target(target, Path.cwd()), params)
         settings = _settings(target, loaded.pipeline, given)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.chain import Chain, ChainPlace, run_now
@@ -15,6 +18,8 @@ from hpcresume.engine.groups import Group
 from hpcresume.errors import HpcResumeError
 from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.pipeline import Pipeline
+
+ResultT = TypeVar("ResultT")
 
 
 class EngineDiedError(HpcResumeError):
@@ -110,7 +115,12 @@ class Pool(Protocol):
 
 
 class InlinePool:
-    """Runs every call in this process, one after another; for a debugger and for tests."""
+    """Runs every call in this process; for a debugger, for tests, and where Ray is not wanted.
+
+    Calls of synchronous stages run one after another in the thread that waits for them.
+    Those of async stages run side by side on an event loop in a thread of its own, unless
+    somebody wants to look at errors where they happen.
+    """
 
     def __init__(
         self,
@@ -131,8 +141,13 @@ class InlinePool:
         self._scratch, self._outputs, self._seconds_left = scratch, outputs, seconds_left
         self._chains: dict[WorkerRef, Chain] = {}
         self._events: list[Event] = []
+        self._happened = threading.Condition()
+        self._failed: BaseException | None = None
         self._queue: list[tuple[WorkerRef, int, Inputs]] = []
-        self._loop = asyncio.Runner()
+        any_async = any(group.is_async for group in groups)
+        self._loop: _LoopThread | _LoopHere | None = None
+        if any_async:
+            self._loop = _LoopThread() if on_error is None else _LoopHere()
 
     def start(self, worker: WorkerRef) -> None:
         """Set up a worker's stages now."""
@@ -155,10 +170,10 @@ class InlinePool:
         try:
             self._set_up(chain, group)
         except HpcResumeError as error:
-            self._events.append(StartFailed(worker, str(error)))
+            self._tell(StartFailed(worker, str(error)))
             return
         self._chains[worker] = chain
-        self._events.append(Started(worker))
+        self._tell(Started(worker))
 
     def _set_up(self, chain: Chain, group: Group) -> None:
         if not group.is_async:
@@ -169,12 +184,40 @@ class InlinePool:
             # A client that a stage makes may want the loop it is going to be used on.
             chain.setup()
 
+        assert self._loop is not None
         self._loop.run(on_the_loop())
 
     def submit(self, worker: WorkerRef, call: int, inputs: Inputs, *, marked: bool) -> None:
-        """Queue a call; it runs in :meth:`wait`."""
+        """Start a call on the event loop, or queue it to be run in :meth:`wait`."""
         del marked  # a death of this process cannot be survived by it
-        self._queue.append((worker, call, inputs))
+        if not (self._groups[worker.group].is_async and isinstance(self._loop, _LoopThread)):
+            self._queue.append((worker, call, inputs))
+            return
+        future = self._loop.start(self._timed(worker, inputs))
+        future.add_done_callback(lambda done: self._answered(call, done))
+
+    async def _timed(self, worker: WorkerRef, inputs: Inputs) -> ChunkResult:
+        start = time.perf_counter()
+        result = await self._chains[worker].run(inputs, marked=False)
+        result.seconds = time.perf_counter() - start
+        return result
+
+    def _answered(self, call: int, done: Future[ChunkResult]) -> None:
+        """Tell of a call that has ended; runs on the event loop's thread."""
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self._tell(Finished(call, done.result()))
+            return
+        with self._happened:
+            self._failed = error
+            self._happened.notify_all()
+
+    def _tell(self, event: Event) -> None:
+        with self._happened:
+            self._events.append(event)
+            self._happened.notify_all()
 
     def retire(self, worker: WorkerRef) -> None:
         """Tear down a worker's stages."""
@@ -185,27 +228,73 @@ class InlinePool:
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Return what has happened, running one queued call if nothing has."""
-        if not self._events and not self._queue:
-            # Nothing can happen by itself here; whoever waits may be told something else.
-            time.sleep(timeout_s)
-        if not self._events and self._queue:
-            worker, call, inputs = self._queue.pop(0)
-            chain = self._chains[worker]
-            coroutine = chain.run(inputs, marked=False)
-            start = time.perf_counter()
-            result = (
-                self._loop.run(coroutine)
-                if self._groups[worker.group].is_async
-                else run_now(coroutine)
-            )
-            result.seconds = time.perf_counter() - start
-            self._events.append(Finished(call, result))
-        events, self._events = self._events, []
+        with self._happened:
+            if not self._queue:
+                self._happened.wait_for(lambda: self._events or self._failed, timeout_s)
+            if self._failed is not None:
+                raise self._failed
+            happened = bool(self._events)
+        if not happened and self._queue:
+            self._tell(self._run_queued(*self._queue.pop(0)))
+        with self._happened:
+            events, self._events = self._events, []
         return events
+
+    def _run_queued(self, worker: WorkerRef, call: int, inputs: Inputs) -> Finished:
+        coroutine = self._timed(worker, inputs)
+        if not self._groups[worker.group].is_async:
+            return Finished(call, run_now(coroutine))
+        assert self._loop is not None
+        return Finished(call, self._loop.run(coroutine))
 
     def close(self, timeout_s: float) -> None:
         """Tear everything down."""
-        del timeout_s
+        if self._loop is not None:
+            self._loop.close(timeout_s)
         for worker in list(self._chains):
             self.retire(worker)
-        self._loop.close()
+
+
+class _LoopHere:
+    """An event loop that runs in the calling thread while a call does."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+
+    def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return self._runner.run(coroutine)
+
+    def close(self, timeout_s: float) -> None:
+        del timeout_s
+        self._runner.close()
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="stages", daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return self.start(coroutine).result()
+
+    def close(self, timeout_s: float) -> None:
+        """Cancel what runs; a coroutine that blocks the loop is left behind."""
+
+        async def cancel_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=timeout_s / 2) if tasks else None
+
+        with contextlib.suppress(TimeoutError):
+            self.start(cancel_all()).result(timeout_s)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._loop.close()

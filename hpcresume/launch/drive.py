@@ -63,11 +63,15 @@ class Step:
     """What one merge step led to.
 
     Attributes:
-        state: ``finished``, ``stopped``, ``cancelled``, ``running`` (the round's array is
-            still at work) or ``submitted`` (a next round was).
+        state: ``finished``, ``stopped``, ``cancelled``, ``interrupted`` (by a signal, of a
+            run on this machine), ``running`` (the round's array is still at work) or
+            ``submitted`` (a next round was).
         standing: How the run stands.
         round: Number of the round that was submitted, or that is running.
         job: What was submitted.
+        signal: The signal that interrupted it, 0 for none.
+        forced: Whether its tasks were killed by a second one: what they had committed and not
+            published is published when the run is continued.
         notes: Limits that Slurm's refusals have taught, and what to write into the site file.
     """
 
@@ -76,6 +80,8 @@ class Step:
     round: int | None = None
     job: JobRecord | None = None
     notes: tuple[str, ...] = ()
+    signal: int = 0
+    forced: bool = False
 
 
 def reload_settings(plan: Plan) -> Resolved:
@@ -289,6 +295,18 @@ def without_bad_nodes(run: RunDir, plan: Plan) -> Settings:
     return msgspec.structs.replace(settings, request=request)
 
 
+def recover_dead(run: RunDir, settings: Settings) -> int:
+    """Publish what dead attempts left on this machine, before anything is dealt again.
+
+    Returns:
+        The number of sources that they had committed and not published.
+    """
+    with contextlib.suppress(LocalStorageError):
+        local = choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
+        return recover_node(run, local)
+    return 0
+
+
 @dataclass
 class LocalRun:
     """A run in the foreground of this machine: round after round until nothing is left.
@@ -300,7 +318,8 @@ class LocalRun:
         resolved: The settings.
         launch: How rounds are dealt.
         on_round: Called before each round with its plan.
-        on_progress: Called during a round with every task's progress.
+        on_progress: Called during a round with every task's progress; where it answers True
+            the round is interrupted as by SIGTERM.
         on_recovered: Called with the number of sources that a dead attempt had committed
             and that are published now.
     """
@@ -311,7 +330,7 @@ class LocalRun:
     resolved: Resolved
     launch: Launch
     on_round: Callable[[Plan], None]
-    on_progress: Callable[[dict[int, TaskProgress]], None]
+    on_progress: Callable[[dict[int, TaskProgress]], bool | None]
     on_recovered: Callable[[int], None]
 
     def execute(self) -> Step:
@@ -345,20 +364,18 @@ class LocalRun:
                 # Every task would find the same on this one machine.
                 choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
             by_hand = False
-            if self._execute_round(standing):
-                return Step("interrupted", settle(self.run, self.manifest, settings))
+            local = self._execute_round(standing)
+            if local.interrupted:
+                standing = settle(self.run, self.manifest, settings)
+                return Step("interrupted", standing, signal=local.interrupted, forced=local.forced)
 
     def _recover(self) -> None:
-        """Publish what dead attempts left on this machine before anything is dealt again."""
-        settings = self.resolved.settings
-        with contextlib.suppress(LocalStorageError):
-            local = choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
-            found = recover_node(self.run, local)
-            if found:
-                self.on_recovered(found)
+        found = recover_dead(self.run, self.resolved.settings)
+        if found:
+            self.on_recovered(found)
 
-    def _execute_round(self, standing: Standing) -> bool:
-        """Plan and run one round; return whether the user interrupted it."""
+    def _execute_round(self, standing: Standing) -> LocalRound:
+        """Plan and run one round."""
         round_ = plan_round(
             self.run,
             self.manifest,
@@ -372,4 +389,4 @@ class LocalRun:
         self.on_round(plan)
         local = LocalRound(self.run, round_, plan, self.resolved.settings, self.on_progress)
         local.execute()
-        return local.interrupted
+        return local

@@ -64,7 +64,9 @@ class LocalRound:
     """One round's array tasks on this machine.
 
     Attributes:
-        interrupted: Whether the user asked to stop.
+        on_progress: Called with what each task last said; True: interrupt, as by SIGTERM.
+        interrupted: The signal that asked to stop, 0 while none did.
+        forced: Whether a second one came, which kills all tasks at once.
         progress: What each task last said.
     """
 
@@ -72,8 +74,9 @@ class LocalRound:
     round: int
     plan: Plan
     settings: Settings
-    on_progress: Callable[[dict[int, TaskProgress]], None]
-    interrupted: bool = False
+    on_progress: Callable[[dict[int, TaskProgress]], bool | None]
+    interrupted: int = 0
+    forced: bool = False
     progress: dict[int, TaskProgress] = field(default_factory=dict)
     _running: dict[int, _Running] = field(default_factory=dict)
 
@@ -149,7 +152,8 @@ class LocalRound:
                     self._reap(running)
                     continue
                 self._note(running, data)
-        self.on_progress(self.progress)
+        if self.on_progress(self.progress) and not self.interrupted:
+            self._interrupt(signal.SIGTERM)
 
     def _note(self, running: _Running, data: bytes) -> None:
         *lines, running.buffer = (running.buffer + data).split(b"\n")
@@ -167,19 +171,23 @@ class LocalRound:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def interrupt(_number: int, _frame: object) -> None:
-            again, self.interrupted = self.interrupted, True
-            for running in list(self._running.values()):
-                with contextlib.suppress(ProcessLookupError):
-                    running.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+        def interrupt(number: int, _frame: object) -> None:
+            self._interrupt(number)
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # Slurm signals a batch script's processes with USR2 where `--signal` asks for it.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
         before = [signal.signal(number, interrupt) for number in numbers]
         try:
             yield
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+    def _interrupt(self, number: int) -> None:
+        self.forced, self.interrupted = bool(self.interrupted), self.interrupted or number
+        for running in list(self._running.values()):
+            with contextlib.suppress(ProcessLookupError):
+                running.process.send_signal(signal.SIGKILL if self.forced else signal.SIGTERM)
 
     def _end_all(self) -> None:
         """End what an error left running; nothing is left after an ordinary end."""

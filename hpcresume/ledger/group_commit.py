@@ -11,10 +11,14 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from hpcresume.errors import HpcResumeError, InternalError, describe
 from hpcresume.ledger.store import Batch, Ledger, LedgerState
 from hpcresume.segment.segment import Failure
+
+OnCommit = Callable[[Sequence[bytes], Sequence[Failure]], None]
+"""Called with the frames and failures of a commit once it is on disk; must not block."""
 
 
 class GroupCommitter:
@@ -26,8 +30,14 @@ class GroupCommitter:
     """
 
     def __init__(
-        self, ledger: Ledger, *, max_bytes: int = 8 << 20, max_delay_s: float = 0.1
+        self,
+        ledger: Ledger,
+        *,
+        max_bytes: int = 8 << 20,
+        max_delay_s: float = 0.1,
+        on_commit: OnCommit | None = None,
     ) -> None:
+        self._on_commit = on_commit
         self._ledger, self._max_bytes, self._max_delay_s = ledger, max_bytes, max_delay_s
         self._condition = threading.Condition()
         self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
@@ -201,6 +211,8 @@ class GroupCommitter:
                     self._blobs.append((sequence, batch.blobs))
                 self.committed_sources += sources
                 self._condition.notify_all()
+            if self._on_commit is not None and (batch.frames or batch.failures):
+                self._on_commit(batch.frames, batch.failures)
         return closing and self._added == added
 
     def _remove_blobs(self, last: int) -> None:

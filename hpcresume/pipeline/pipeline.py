@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume.errors import NotResumableError, PipelineError
+from hpcresume.pipeline.observer import MakeObserver
 from hpcresume.pipeline.sources import SourceList, as_sources
 from hpcresume.pipeline.stage import Stage, as_stage
 
@@ -92,6 +93,8 @@ class Pipeline:
             run that still counts as complete.
         snapshot: Further files or directories to copy into the run, relative to the
             pipeline's file.
+        observer: Makes what is told of results in every array task, as soon as they are
+            safe; see :mod:`hpcresume.pipeline.observer`.
 
     Attributes:
         stages: The stages as :class:`Stage` objects with unique names.
@@ -111,6 +114,7 @@ class Pipeline:
         finish: Finish | None = None,
         tolerate: float = 0.0,
         snapshot: Sequence[str | os.PathLike[str]] = (),
+        observer: MakeObserver | None = None,
     ) -> None:
         self.name = _checked_name(name)
         self.sources: SourceList = as_sources(sources)
@@ -119,6 +123,9 @@ class Pipeline:
         self.finish = finish
         self.tolerate = _checked_tolerance(tolerate)
         self.snapshot = _checked_snapshot(snapshot)
+        self.observer = observer
+        if observer is not None and not callable(observer):
+            raise PipelineError(f"observer={observer!r} cannot be called. Give observer=fn(task).")
         if finish is not None and not callable(finish):
             raise PipelineError(f"finish={finish!r} cannot be called. Give finish=fn(rows, out).")
 

@@ -37,7 +37,9 @@ from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
 from hpcresume.memory import MemoryGroup
+from hpcresume.merge.plan import open_plan
 from hpcresume.pipeline.load import load_snapshot
+from hpcresume.pipeline.observer import ObservedTask
 from hpcresume.pipeline.pipeline import Parts, Pipeline
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
@@ -58,6 +60,7 @@ from hpcresume.task.messages import (
     Stop,
     Work,
 )
+from hpcresume.task.observing import Observing
 from hpcresume.task.process import die_with_parent, ignore_job_signals
 
 log = logging.getLogger(__name__)
@@ -148,11 +151,14 @@ class Driver:
             has_parts=isinstance(pipeline.sink, Parts),
         )
         ledger = Ledger.create(spec.ledger, identity)
-        self._committer = GroupCommitter(ledger)
-        self._listener = LedgerListener(
-            self._committer, is_inline=spec.engine == "inline", parts=spec.parts
+        observing = self._observe(pipeline, run)
+        self._committer = GroupCommitter(
+            ledger, on_commit=None if observing is None else observing.committed
         )
         groups = make_groups(pipeline.stages, cpus=spec.cpus, workers=spec.workers)
+        # Calls of async stages run beside this thread, and there are many at once.
+        is_serial = spec.engine == "inline" and not any(group.is_async for group in groups)
+        self._listener = LedgerListener(self._committer, is_inline=is_serial, parts=spec.parts)
         sources = bitmaps.load(self._work.sources, what="the shard")
         self._total = len(sources)
         try:
@@ -178,7 +184,17 @@ class Driver:
         last = self._committer.flush()
         self._report()
         pool.close(_CLOSE_S)
+        if observing is not None:
+            observing.close(_CLOSE_S)
         return Ended(kind, reason, last, stage)
+
+    def _observe(self, pipeline: Pipeline, run: RunDir) -> Observing | None:
+        if pipeline.observer is None:
+            return None
+        spec = self._spec
+        cluster = open_plan(run, spec.round).footer.launch.cluster
+        task = ObservedTask(Path(spec.run), spec.round, spec.task, cluster)
+        return Observing(pipeline.observer, task, max_attempts=spec.max_attempts)
 
     def _make_executor(
         self, pipeline: Pipeline, groups: list[Group], pool: Pool, run: RunDir, sources: BitMap

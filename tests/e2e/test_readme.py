@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -93,6 +94,27 @@ def test_first_pipeline(tmp_path: Path) -> None:
     assert "c.txt: quarantined after 3 attempts, stage read" in ended.stdout
     assert "3: 0 new, 2 done, 1 left" in ended.stderr
     assert shown == (tmp_path / "sentences.jsonl").read_text()
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    """The evaluation runs as it stands, once for each item, and its files are there."""
+    (code,) = blocks("python", section="Evaluation")
+    (commands,) = blocks("sh", section="Evaluation")
+    (tmp_path / "flow.py").write_text(code)
+
+    ended = shell(commands, tmp_path)
+
+    assert 1 == ended.returncode, ended.stderr
+    assert 2 == ended.stderr.count("2 ok, 2 errors, 0 timeouts, 0 missing of 4"), ended.stderr
+    section = README.partition("\n## Evaluation\n")[2].partition("\n## ")[0]
+    files = re.findall(r"^\| `(\w+\.jsonl?)`", section, flags=re.MULTILINE)
+    assert 4 == len(files)
+    assert [] == [name for name in files if not (tmp_path / "out" / name).exists()]
+    rows = (tmp_path / "out" / "workflow_output.jsonl").read_text().splitlines()
+    row = json.loads(rows[0])
+    told = section.partition("A row has ")[2].partition(", and the dataset's")[0]
+    keys = re.findall(r"`(\w+)`", told.replace("(`ok`, `error` or `timeout`)", ""))
+    assert {*keys, "topic"} == set(row)
 
 
 def test_python_blocks_compile() -> None:

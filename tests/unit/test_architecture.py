@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     | {"task", "engine", "merge", "config", "slurm", "pipeline", "results", "observe"},
     "api": RUN | {"launch", "merge", "observe", "results"},
     "doctor": {"engine", "slurm", "fs", "config", "run"},
-    "evals": RUN | {"launch", "pipeline", "results", "merge"},
+    "evals": RUN | {"launch", "pipeline", "results", "merge", "sinks"},
     "examples": {"(public)"},
 }
 """Room -> the rooms below it that it may import.  cli, above all, may import any."""
