@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -81,8 +81,8 @@ def _launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     options = (
         click.option("--array", metavar="N[%M]", help="Array tasks (M of them at once)."),
-        click.option("--cluster", type=click.Choice(["auto", "local", "slurm"]), default="local",
-                     show_default=True, help="Where it runs."),
+        click.option("--cluster", type=click.Choice(["auto", "local", "slurm"]),
+                     help="Where it runs; default: here, or where it last ran."),
         click.option("--site", help="Site whose settings and templates are used."),
         click.option("--engine", type=click.Choice(["ray", "inline"]), help="How items run."),
         click.option("--local-dir", help="Node-local directory for the ledger."),
@@ -141,7 +141,7 @@ def evaluate(
     directories = [path for path in (output_dir, resume, rescore) if path is not None]
     if len(directories) != 1:
         raise UsageError("give one of --output-dir, --resume and --rescore.")
-    launching = _launching(given)
+    launching = _launching(given, directories[0])
     if rescore is not None:
         _rescore(rescore, given, launching, as_json=as_json)
         return
@@ -236,14 +236,26 @@ def _threshold(text: str | None) -> float | None:
     return value
 
 
-def _launching(given: Mapping[str, Any]) -> Launching:
+def _last_cluster(output: Path) -> str:
+    """Return where an evaluation last ran, ``local`` for a new one."""
+    from hpcresume.merge.plan import newest_plan
+    from hpcresume.run.directory import RunDir as Directory
+
+    if not (output / "run.json").exists():
+        return "local"
+    last = newest_plan(Directory.open(str(output.absolute())))
+    return last.footer.launch.cluster if last else "local"
+
+
+def _launching(given: Mapping[str, Any], output: Path) -> Launching:
     from hpcresume.evals.run import Launching as EvalLaunching
     from hpcresume.launch.submit import parse_array
 
     array, throttle = parse_array(given["array"]) if given["array"] else (None, 0)
     env_file = given["env_file"]
     # On one machine an event loop in the task itself does what a Ray worker would.
-    engine = given["engine"] or ("inline" if given["cluster"] == "local" else None)
+    cluster = given["cluster"] or _last_cluster(output)
+    engine = given["engine"] or ("inline" if cluster == "local" else None)
     names = ("partition", "account", "qos", "constraint", "cpus_per_task", "mem",
              "gpus_per_task", "exclude", "nodelist")  # fmt: skip
     request = {name: given[name] for name in names}
@@ -257,7 +269,7 @@ def _launching(given: Mapping[str, Any]) -> Launching:
         },
         "request": {**request, "time": given["time_limit"]},
     }
-    return EvalLaunching(given["cluster"], array, throttle, given["site"], flags)
+    return EvalLaunching(cluster, array, throttle, given["site"], flags)
 
 
 def _submit(ready: Ready, *, as_json: bool) -> None:
@@ -266,14 +278,32 @@ def _submit(ready: Ready, *, as_json: bool) -> None:
     run = ready.prepared.run
     _announce(ready)
     step = submit_evaluation(ready)
+    if step.state in ("finished", "stopped"):
+        _end_merged(run, step, as_json=as_json)
     job = step.job
     if job is not None:
         say(f"array          {job.array}, merge {job.merge or 'none'}", err=True)
-    say("the merge job writes workflow_output.jsonl and the result; scores:", err=True)
-    say(f"  hpcresume eval --resume {_shown(run.path)}", err=True)
+    say("the merge job writes workflow_output.jsonl, the result and the scores; next:", err=True)
+    for command in ("status --watch", "logs -f", "cancel"):
+        name, _, option = command.partition(" ")
+        say(f"  hpcresume {name} {_shown(run.path)} {option}".rstrip(), err=True)
     if as_json:
         emit_json({"run": run.path, "state": step.state, "array": job.array if job else None})
-    finish(0)
+    finish(EXIT_COMPLETE)
+
+
+def _end_merged(run: RunDir, step: Step, *, as_json: bool) -> NoReturn:
+    """Write and print what a run on Slurm with nothing left to submit came to."""
+    from hpcresume.evals.layout import stored_settings
+    from hpcresume.evals.run import after_merge
+
+    settings = stored_settings(run)
+    written = after_merge(run, step.state)
+    assert written is not None
+    say_summary(run, written)
+    if as_json:
+        emit_json({"run": run.path, **written.summary})
+    finish(exit_code(settings, step, written))
 
 
 def _announce(ready: Ready) -> None:
@@ -322,7 +352,10 @@ class _Session:
         status = self._status(step)
         ended = consolidate(self.run_dir, self.settings, status=status)
         say_summary(self.run_dir, ended)
-        code = self._exit_code(step, ended)
+        if step.state == "interrupted" and not self.failed_early:
+            code = EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED
+        else:
+            code = exit_code(self.settings, step, ended)
         scores = None
         if self.settings.scorers and step.state == "finished":
             scored, scores = self.score()
@@ -338,14 +371,6 @@ class _Session:
             return "failed"
         return "complete" if step.state == "finished" else step.state
 
-    def _exit_code(self, step: Step, ended: Consolidated) -> int:
-        if step.state == "interrupted" and not self.failed_early:
-            return EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED
-        short = ended.summary["missing"] or step.state != "finished"
-        errors = ended.summary["error"] + ended.summary["timeout"]
-        accepted = self.settings.fail_on_error is not None and not self._exceeds(errors)
-        return EXIT_INCOMPLETE if short or (errors and not accepted) else EXIT_COMPLETE
-
     def _exceeds(self, errors: int) -> bool:
         from hpcresume.evals.progress import exceeds
 
@@ -353,16 +378,9 @@ class _Session:
 
     def score(self) -> tuple[int, dict[str, Any]]:
         """Run the scoring pass, print the scores, and return its exit code and them."""
-        from hpcresume.evals.run import Hooks as EvalHooks
-        from hpcresume.evals.run import score
+        from hpcresume.evals.run import QUIET, score
 
-        hooks = EvalHooks(
-            on_ready=lambda _ready: None,
-            on_repair=lambda _repair, _table: None,
-            on_progress=lambda _tasks: False,
-            on_recovered=lambda _count: None,
-        )
-        step, found = score(self.run_dir, self.settings, self.launching, hooks)
+        step, found = score(self.run_dir, self.settings, self.launching, QUIET)
         say_scores(found)
         if step.state == "interrupted":
             return (EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED), found
@@ -394,6 +412,17 @@ class _Session:
             say(f"resuming       {len(table.slots):,} have a row, {left} left", err=True)
         if repair.foreign:
             say(f"mended         {human_count(repair.foreign, 'line')} did not belong", err=True)
+
+
+def exit_code(settings: EvalSettings, step: Step, ended: Consolidated) -> int:
+    """Return 0 where every item has a good row, or as many as ``--fail-on-error`` asks for."""
+    from hpcresume.evals.progress import exceeds
+
+    values, limit = ended.summary, settings.fail_on_error
+    errors = values["error"] + values["timeout"]
+    accepted = limit is not None and not exceeds(errors, limit, values["expected"])
+    short = values["missing"] or step.state != "finished"
+    return EXIT_INCOMPLETE if short or (errors and not accepted) else EXIT_COMPLETE
 
 
 @contextmanager

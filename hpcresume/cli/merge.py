@@ -48,6 +48,9 @@ def merge(run: RunDir, requeue: bool, patience: float, as_json: bool) -> None:
       hpcresume merge runs/paragraphs-1f2e3d4c
       hpcresume merge runs/paragraphs-1f2e3d4c --requeue
     """
+    evaluation = _is_evaluation(run)
+    if evaluation and requeue:
+        _stop_failed(run)
     step = _requeue(run, patience_s=patience) if requeue else _unite(run)
     union, remainder = step.standing.union, step.standing.remainder
     line = (
@@ -87,7 +90,33 @@ def merge(run: RunDir, requeue: bool, patience: float, as_json: bool) -> None:
                 "array": step.job.array if step.job else None,
             }
         )
+    if evaluation:
+        _write_evaluation(run, step)
     finish(0)
+
+
+def _is_evaluation(run: RunDir) -> bool:
+    from hpcresume.evals.layout import is_evaluation
+
+    return is_evaluation(run)
+
+
+def _stop_failed(run: RunDir) -> None:
+    from hpcresume.evals.run import stop_where_too_many_failed
+
+    why = stop_where_too_many_failed(run)
+    if why:
+        say(f"stopped: {why}", err=True)
+
+
+def _write_evaluation(run: RunDir, step: Step) -> None:
+    """Write what an evaluation's people read: rows, result, scores."""
+    from hpcresume.cli.eval import say_summary
+    from hpcresume.evals.run import after_merge
+
+    written = after_merge(run, step.state)
+    if written is not None:
+        say_summary(run, written)
 
 
 def _requeue(run: RunDir, *, patience_s: float) -> Step:

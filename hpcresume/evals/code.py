@@ -96,7 +96,7 @@ class UserCall:
         found = load_object(target, cwd)
         self.stage: Stage | None = None
         if isinstance(found, type) and issubclass(found, Stage):
-            found = found(**convert_parameters(found, params or {}))
+            found = found(**_converted(found.__init__, params or {}, leading=1))
         elif not isinstance(found, Stage):
             found = _with_params(found, target, params or {}, leading)
         if isinstance(found, Stage):
@@ -132,15 +132,19 @@ def _with_params(
 ) -> Callable[..., Any]:
     if not callable(found):
         raise PipelineError(f"{target} is a {type(found).__qualname__}, which cannot be called.")
-    taken = list(inspect.signature(found).parameters.values())
-
-    def shim(**_: Any) -> None: ...
-
-    # What is left for the user to give, with the annotations of the function itself.
-    shim.__signature__ = inspect.Signature(taken[leading:])  # type: ignore[attr-defined]
-    shim.__wrapped__ = found  # type: ignore[attr-defined]
-    converted = convert_parameters(shim, params)
+    converted = _converted(found, params, leading=leading)
     return functools.partial(found, **converted) if converted else found
+
+
+def _converted(function: Any, params: Mapping[str, Any], *, leading: int) -> dict[str, Any]:
+    """Convert parameters by the annotations of a function, without its leading ones."""
+    taken = list(inspect.signature(function).parameters.values())
+
+    def rest(**_: Any) -> None: ...
+
+    rest.__signature__ = inspect.Signature(taken[leading:])  # type: ignore[attr-defined]
+    rest.__wrapped__ = function  # type: ignore[attr-defined]
+    return convert_parameters(rest, params)
 
 
 def _is_async(call: Any) -> bool:

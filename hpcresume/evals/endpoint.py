@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import httpx
 
 _CONNECT_S = 30.0
+_CONNECTIONS_EACH = 8
+"""Of one client: what its pool does for a request grows with the square of its connections."""
 _TOLD_CHARS = 500
 _RETRIED = frozenset({408, 425, 429})
 _LONGEST_WAIT_S = 120.0
@@ -56,13 +59,20 @@ class Endpoint:
                 "Install it: pip install 'hpcresume[eval]'."
             ) from error
         self._settings = settings
-        most = settings.max_concurrency
-        self._client = httpx.AsyncClient(
-            headers=_headers(settings),
-            # The item's own time-out bounds the answer, however slowly it streams.
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-        )
+        verify = ssl.create_default_context()
+        headers = _headers(settings)
+        self._clients = [
+            httpx.AsyncClient(
+                headers=headers,
+                verify=verify,
+                # The item's own time-out bounds the answer, however slowly it streams.
+                timeout=httpx.Timeout(None, connect=_CONNECT_S),
+                limits=httpx.Limits(max_keepalive_connections=_CONNECTIONS_EACH),
+            )
+            for _ in range(-(-settings.max_concurrency // _CONNECTIONS_EACH))
+        ]
+        # One entry for each request that may be under way.
+        self._free = self._clients * _CONNECTIONS_EACH
 
     async def ask(self, item: EvalItem) -> Any:
         """Return what the endpoint answers for an item.
@@ -72,8 +82,10 @@ class Endpoint:
         """
         import httpx
 
+        # Requests that were given up may be under way still.
+        client = self._free.pop() if self._free else self._clients[0]
         try:
-            async with self._client.stream(
+            async with client.stream(
                 "POST", self._settings.endpoint, json=self._request(item)
             ) as response:
                 await _check(response)
@@ -82,6 +94,8 @@ class Endpoint:
                 return self._read_whole(await response.aread(), item)
         except httpx.HTTPError as error:
             raise EndpointError(f"{type(error).__name__}: {error or 'no answer'}") from error
+        finally:
+            self._free.append(client)
 
     def _request(self, item: EvalItem) -> dict[str, Any]:
         settings = self._settings

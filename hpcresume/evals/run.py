@@ -25,13 +25,14 @@ from hpcresume.evals.layout import (
     is_evaluation,
     stored_settings,
 )
+from hpcresume.evals.progress import exceeds
 from hpcresume.evals.rows import OK
 from hpcresume.evals.scoring import read_scores, scoring_directory
 from hpcresume.evals.settings import EvalSettings, refuse_changes, to_params
 from hpcresume.evals.stages import check_settings
 from hpcresume.evals.summary import summarise, summarise_scores
 from hpcresume.evals.table import RowTable, in_order, read_table
-from hpcresume.evals.view import Repair, repair, write_atomically, write_result
+from hpcresume.evals.view import TOO_MANY, Repair, repair, write_atomically, write_result
 from hpcresume.launch.drive import LocalRun, Step, recover_dead
 from hpcresume.launch.local import TaskProgress, living_attempts
 from hpcresume.launch.rounds import plan_settings
@@ -76,6 +77,15 @@ class Hooks:
     on_repair: Callable[[Repair, RowTable], None]
     on_progress: Callable[[dict[int, TaskProgress]], bool]
     on_recovered: Callable[[int], None]
+
+
+QUIET = Hooks(
+    on_ready=lambda _ready: None,
+    on_repair=lambda _repair, _table: None,
+    on_progress=lambda _tasks: False,
+    on_recovered=lambda _count: None,
+)
+"""Hooks that tell nobody."""
 
 
 def prepare_evaluation(
@@ -234,6 +244,41 @@ def submit_evaluation(ready: Ready) -> Step:
     return submit_to_slurm(ready)
 
 
+def stop_where_too_many_failed(run: RunDir) -> str:
+    """Stop a run on Slurm that has more errors than allowed, before its next round; say why."""
+    settings = stored_settings(run)
+    if not settings.fail_on_error or run.stop_requested():
+        return ""
+    with read_table(run, settings) as table:
+        counts = table.counts()
+        if not exceeds(counts["error"] + counts["timeout"], settings.fail_on_error,
+                       len(table.bases)):  # fmt: skip
+            return ""
+    run.set_mark("stop")
+    return TOO_MANY
+
+
+def after_merge(run: RunDir, state: str) -> Consolidated | None:
+    """Write rows, result and, once the run has finished, scores of a run whose tasks are merged.
+
+    Args:
+        run: The run.
+        state: What the merge led to.
+
+    Returns:
+        What was written; None for a run of this machine, whose command writes it.
+    """
+    plan = newest_plan(run)
+    if plan is None or plan.footer.launch.cluster == "local":
+        return None
+    settings = stored_settings(run)
+    status = "complete" if state == "finished" else state
+    written = consolidate(run, settings, status=status, is_whole=True)
+    if state == "finished" and settings.scorers:
+        score(run, settings, Launching(flags={"task": {"engine": "inline"}}), QUIET)
+    return written
+
+
 @dataclass(frozen=True)
 class Consolidated:
     """What was written at the end.
@@ -249,19 +294,22 @@ class Consolidated:
     errors: list[tuple[str, int, str]]
 
 
-def consolidate(run: RunDir, settings: EvalSettings, *, status: str) -> Consolidated:
+def consolidate(
+    run: RunDir, settings: EvalSettings, *, status: str, is_whole: bool = False
+) -> Consolidated:
     """Mend the JSONL file and write result and summary; also of a run that has not ended.
 
     Args:
         run: The run.
         settings: Its settings.
         status: How it stands: ``complete``, ``interrupted`` or another word.
+        is_whole: See :func:`~hpcresume.evals.view.repair`.
 
     Raises:
         SharedStorageError: Something cannot be written; the results are safe.
     """
     with read_table(run, settings) as table:
-        mended = repair(Path(run.join(ROWS)), table, is_whole=False)
+        mended = repair(Path(run.join(ROWS)), table, is_whole=is_whole)
         write_result(run, table, in_order(run, table))
         summary = {"status": status, **summarise(table)}
         errors = list[tuple[str, int, str]]()

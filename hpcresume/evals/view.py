@@ -20,7 +20,10 @@ from typing import Any
 import orjson
 
 from hpcresume.errors import SharedStorageError
+from hpcresume.evals.item import split_id
 from hpcresume.evals.layout import RESULT, ROWS
+from hpcresume.evals.progress import exceeds
+from hpcresume.evals.rows import OK
 from hpcresume.evals.settings import EvalSettings
 from hpcresume.evals.table import RowTable, given_up_row, row_digest
 from hpcresume.failpoints import failpoint
@@ -30,6 +33,7 @@ from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 
 log = logging.getLogger(__name__)
+TOO_MANY = "more items failed than --fail-on-error allows"
 
 
 class RowFile:
@@ -83,8 +87,11 @@ class ItemObserver:
     def __init__(self, task: ObservedTask, settings: EvalSettings) -> None:
         from hpcresume.evals.code import UserCall
 
-        self._run, self._settings = task.run, settings
-        self._manifest = Manifest.open(RunDir.open(str(task.run)))
+        self._run, self._settings = RunDir.open(str(task.run)), settings
+        self._manifest = Manifest.open(self._run)
+        self.wants_stop, self._failed = "", 0
+        # Who runs it in the foreground counts the errors of all tasks.
+        self._expected = 0 if task.cluster == "local" else expected_of(self._manifest, settings)
         # Over several nodes lines of one file would mix; there the merge writes it.
         shared = task.cluster == "local"
         self._file = RowFile(task.run / ROWS, fsync_s=settings.fsync_s) if shared else None
@@ -103,6 +110,8 @@ class ItemObserver:
 
     def on_item_complete(self, line: bytes) -> None:
         """Do what is due for one item's row; a failure is logged and touches no other item."""
+        if self._expected:
+            self._count(line)
         try:
             if self._file is not None:
                 self._file.append(line)
@@ -119,10 +128,29 @@ class ItemObserver:
         except Exception:
             log.exception("item %s: the callback failed", _name_of(line))
 
+    def _count(self, line: bytes) -> None:
+        """Stop the run where this task alone has more errors than are allowed in all."""
+        self._failed += orjson.loads(line)["status"] != OK
+        if not self.wants_stop and exceeds(
+            self._failed, self._settings.fail_on_error, self._expected
+        ):
+            self.wants_stop = TOO_MANY
+            # Tasks that are to start, and the merge, read it.
+            self._run.set_mark("stop")
+
     def close(self) -> None:
         """Sync the file."""
         if self._file is not None:
             self._file.close()
+
+
+def expected_of(manifest: Manifest, settings: EvalSettings) -> int:
+    """Return the number of items that a share of errors is of, 0 where nothing is limited."""
+    if not settings.fail_on_error:
+        return 0
+    withdrawn = manifest.withdrawn()
+    listed = (index for index in range(manifest.total) if index not in withdrawn)
+    return sum(split_id(entry.source_id)[1] == 1 for entry in manifest.entries(listed))
 
 
 def call_now(call: Any, *arguments: Any) -> Any:
@@ -164,13 +192,10 @@ def repair(path: Path, table: RowTable, *, is_whole: bool) -> Repair:
         missing = {slot.digest: base for base, slot in table.slots.items()}
         kept, foreign = _compare(path, missing, None if is_whole else table.known)
         failpoint("eval.repair")
-        if foreign:
+        if foreign or missing or not path.exists():
+            # Replaced whole: two merges may do it at the same time.
             with _replacing(path) as temporary, open(temporary, "xb", buffering=1 << 20) as file:
                 file.writelines(_lines_at(path, kept))
-                _write_rows(file, table, missing)
-        elif missing or not path.exists():
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "ab", buffering=1 << 20) as file:
                 _write_rows(file, table, missing)
         return Repair(len(missing), foreign)
     except OSError as error:
@@ -208,7 +233,7 @@ def _is_of_none(line: bytes, known: set[tuple[str, int]]) -> bool:
 
 
 def _lines_at(path: Path, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for offset, size in places:
             file.seek(offset)
             yield file.read(size)

@@ -50,7 +50,13 @@ class GivenUp:
 
 
 class Observer(Protocol):
-    """Told of results in the order in which they were committed."""
+    """Told of results in the order in which they were committed.
+
+    Attributes:
+        wants_stop: Why the task is to admit no more sources, empty where it is to go on.
+    """
+
+    wants_stop: str
 
     def completed(self, sources: Sequence[tuple[int, bytes]]) -> None:
         """These sources are complete: index in the manifest, and rows, each with a newline."""

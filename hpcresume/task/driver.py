@@ -71,6 +71,7 @@ _CLOSE_S = 5.0
 _START_SLOT_S = 15.0
 _PARTS_CHUNK_S = 0.1
 """A call's rows are one row group of Parquet, which is not to be tiny."""
+_STOPPED = "stopped before the shard was settled"
 _NO_TIME = "no source that is left is expected to finish within the time limit"
 
 
@@ -151,7 +152,7 @@ class Driver:
             has_parts=isinstance(pipeline.sink, Parts),
         )
         ledger = Ledger.create(spec.ledger, identity)
-        observing = self._observe(pipeline, run)
+        observing = self._observing = self._observe(pipeline, run)
         self._committer = GroupCommitter(
             ledger, on_commit=None if observing is None else observing.committed
         )
@@ -174,7 +175,7 @@ class Driver:
             if self._executor.deferred:
                 reason += f"; {self._executor.deferred} need more memory, in the next round"
             if not settled:
-                kind, reason = "terminated", "stopped before the shard was settled"
+                kind, reason = "terminated", self._wants_stop() or _STOPPED
         except StageBrokenError as error:
             kind, reason, stage = error.fields["kind"], str(error), error.fields["stage"]
         except LocalStorageError as error:
@@ -285,7 +286,12 @@ class Driver:
         if now >= self._next_state:
             self._next_state = now + _STATE_S
             self._write_state()
+        if self._wants_stop():
+            self._executor.stop()
         return self._deadline is None or now < self._deadline
+
+    def _wants_stop(self) -> str:
+        return "" if self._observing is None else self._observing.wants_stop
 
     def _obey(self, order: DriverOrder) -> None:
         if isinstance(order, Stop):

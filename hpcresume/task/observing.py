@@ -23,6 +23,9 @@ class Observing:
         make: Makes the observer; it is told nothing if that fails.
         task: What it is told of itself.
         max_attempts: Tries after which a source is given up.
+
+    Attributes:
+        wants_stop: Why the observer wants no more sources admitted, empty where it does not.
     """
 
     def __init__(self, make: MakeObserver, task: ObservedTask, *, max_attempts: int) -> None:
@@ -30,6 +33,7 @@ class Observing:
         self._queue: queue.SimpleQueue[tuple[Sequence[bytes], Sequence[Failure]] | None] = (
             queue.SimpleQueue()
         )
+        self.wants_stop = ""
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._skipped = False
@@ -71,6 +75,7 @@ class Observing:
             for failure in failures:
                 if not failure.retry or failure.attempt >= self._max_attempts:
                     self._tell(observer.given_up, _given_up(failure))
+            self.wants_stop = observer.wants_stop
         if observer is not None:
             self._tell(observer.close)
 

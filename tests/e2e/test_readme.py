@@ -99,7 +99,7 @@ def test_first_pipeline(tmp_path: Path) -> None:
 def test_evaluation(tmp_path: Path) -> None:
     """The evaluation runs as it stands, once for each item, and its files are there."""
     (code,) = blocks("python", section="Evaluation")
-    (commands,) = blocks("sh", section="Evaluation")
+    commands, _ = blocks("sh", section="Evaluation")
     (tmp_path / "flow.py").write_text(code)
 
     ended = shell(commands, tmp_path)

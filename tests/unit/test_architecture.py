@@ -53,7 +53,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "submitit": ("launch/",),
     "lmdb": ("ledger/",),
     "subprocess": ("slurm.py", "task/", "launch/", "testbed/", "engine/", "doctor/",
-                   "pipeline/context.py", "pipeline/child.py"),
+                   "pipeline/context.py", "pipeline/child.py", "examples/"),
     # submitit loads one pickle of ours: a function by its name, and a string.
     "pickle": ("engine/",),
     "cloudpickle": ("engine/", "launch/submitit_executor.py", "launch/trial.py"),

@@ -106,5 +106,5 @@ def test_the_key_goes_into_the_header(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """The variable's value is sent as a bearer token, and is no part of the settings."""
     monkeypatch.setenv("KEY_OF_MINE", "secret")
     made = settings("http://127.0.0.1:9/x", api_key_env="KEY_OF_MINE")
-    assert "Bearer secret" == Endpoint(made)._client.headers["Authorization"]
+    assert "Bearer secret" == Endpoint(made)._clients[0].headers["Authorization"]
     assert "secret" not in repr(made)
