@@ -76,17 +76,23 @@ def test_counts_equal_those_of_its_own_evaluator(
         "sample.py",
         f"from hpcresume.examples.humaneval import items\nrows = list(items({tasks}))\n",
     )
-    killed = 0
+    killed, over = 0, threading.Event()
+
+    def kill(pid: int) -> None:
+        over.set()
+        kill_family(pid)
+
     for pause_s in kills(7, longest_s):
         process = Command(desk.path).start(*command)
-        over = threading.Timer(pause_s, kill_family, [process.pid])
-        over.start()
+        timer = threading.Timer(pause_s, kill, [process.pid])
+        timer.start()
         out, err = process.communicate()
-        over.cancel()
-        over.join()
-        if process.returncode >= 0:
+        timer.cancel()
+        timer.join()
+        if not over.is_set():
             assert 0 == process.returncode, (out, err)
             break
+        over.clear()
         killed += 1
     assert killed
 
