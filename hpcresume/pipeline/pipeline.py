@@ -123,9 +123,7 @@ class Pipeline:
         self.finish = finish
         self.tolerate = _checked_tolerance(tolerate)
         self.snapshot = _checked_snapshot(snapshot)
-        self.observer = observer
-        if observer is not None and not callable(observer):
-            raise PipelineError(f"observer={observer!r} cannot be called. Give observer=fn(task).")
+        self.observer = _checked_observer(observer, self.sink)
         if finish is not None and not callable(finish):
             raise PipelineError(f"finish={finish!r} cannot be called. Give finish=fn(rows, out).")
 
@@ -213,6 +211,16 @@ def _checked_sink(sink: Sink | None) -> Sink | None:
             f"sink={sink!r} is not a sink. Give Rows(), Parts(...), or None for no results."
         )
     return sink
+
+
+def _checked_observer(observer: MakeObserver | None, sink: object) -> MakeObserver | None:
+    if observer is None:
+        return None
+    if not callable(observer):
+        raise PipelineError(f"observer={observer!r} cannot be called. Give observer=fn(task).")
+    if not isinstance(sink, Rows):
+        raise PipelineError(f"observer={observer!r}: there are no rows to tell with sink={sink!r}.")
+    return observer
 
 
 def _checked_tolerance(tolerate: float) -> float:

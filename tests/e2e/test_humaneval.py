@@ -89,6 +89,9 @@ def test_counts_equal_those_of_its_own_evaluator(
         out, err = process.communicate()
         timer.cancel()
         timer.join()
+        if "is being worked on by process" in err:
+            # The kill came while the task was being started, and it has outlived its parent.
+            continue
         if not over.is_set():
             assert 0 == process.returncode, (out, err)
             break

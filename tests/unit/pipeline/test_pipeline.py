@@ -84,6 +84,8 @@ def test_resumable_pipelines_pass_the_gate() -> None:
         ({"sink": "rows"}, "sink='rows'"),
         ({"finish": 3}, "finish=3"),
         ({"snapshot": "helpers"}, "not a list"),
+        ({"observer": 3}, "cannot be called"),
+        ({"observer": print, "sink": None}, "no rows to tell"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(changes: dict[str, Any], word: str) -> None:
