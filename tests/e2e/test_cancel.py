@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hpcresume import slurm
 from hpcresume.run.directory import RunDir
 from tests.support.cluster import SlurmCluster
 from tests.support.slurm_runs import SlurmRun
@@ -237,7 +236,7 @@ def test_cancel_while_a_merge_submits(slurm_cluster: SlurmCluster) -> None:
     release_nodes(slurm_cluster)
 
     assert 0 == merge.returncode, errors
-    (entry,) = slurm.queue(name=f"hpcresume-{_run_id(run.path)}-1", conf=slurm_cluster.conf)
+    (entry,) = slurm_cluster.jobs(f"hpcresume-{_run_id(run.path)}-1")
     assert "CANCELLED" == entry.state
     assert "cancelled" == run.status()["state"]
     assert [] == run.executed()
@@ -257,7 +256,7 @@ def test_array_that_nobody_took_back(slurm_cluster: SlurmCluster) -> None:
     merge.kill()
     merge.communicate(timeout=60)
     name = f"hpcresume-{_run_id(run.path)}-1"
-    (array,) = {e.array_job_id for e in slurm.queue(name=name, conf=slurm_cluster.conf)}
+    (array,) = {e.array_job_id for e in slurm_cluster.jobs(name)}
     release_nodes(slurm_cluster)
 
     assert ["COMPLETED"] == slurm_cluster.wait_ended(array)

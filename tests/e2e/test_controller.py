@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from hpcresume import slurm
 from tests.support.cli import Command, attempt_pids, logs_of, wait_until
 from tests.support.cluster import SlurmCluster, cluster
 from tests.support.quick import QuickRun, Wrapped, quick_result
@@ -81,7 +80,7 @@ def test_an_sbatch_that_takes_effect_late(slurm_cluster: SlurmCluster, wrapped: 
     (wrapped.directory / "go").touch()
     name = f"hpcresume-{quick.run_id}-0"
     wait_until(
-        lambda: [e for e in slurm.queue(name=name, conf=slurm_cluster.conf) if e.ended],
+        lambda: [e for e in slurm_cluster.jobs(name) if e.ended],
         timeout_s=60,
         describe=slurm_cluster.evidence,
     )
@@ -139,7 +138,7 @@ def test_the_recorded_array_is_not_the_one_that_works(
     quick.submit("--array", "2", dies="30", gate=quick.gate)
     (recorded,) = quick.jobs()
     script = quick.run / "rounds/0000/submit/job.sh"
-    rival = slurm_cluster.run("sbatch", "--parsable", str(script)).strip()
+    rival = slurm_cluster.run_as_user("sbatch", "--parsable", str(script))
     wait_until(
         lambda: {rival} == quick.workers(0),
         timeout_s=60,

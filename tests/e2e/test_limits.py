@@ -107,14 +107,14 @@ def test_a_limit_that_leaves_no_room_is_an_error(limited: SlurmCluster) -> None:
     what to do, nothing of it stays in the queue, and the same command works later.
     """
     allow_jobs(limited, 4)
-    others = limited.submit("sleep 600", "--array=0-2")
+    others = limited.run_as_user("sbatch", "--parsable", "--array=0-2", "--wrap=sleep 600")
     run = Limited(limited)
 
     said = run.submit(rc=32)
 
     assert "QOS normal takes 4 jobs, 3 are queued" in said
     assert "hpcresume drive" in said
-    left = {entry.array_job_id for entry in slurm.queue(conf=limited.conf) if not entry.ended}
+    left = {entry.array_job_id for entry in limited.jobs() if not entry.ended}
     assert {others} == left
 
     slurm.cancel([others], conf=limited.conf)

@@ -140,9 +140,10 @@ def test_preempt_mode_cancel(slurm_cluster: SlurmCluster, end: str) -> None:
     status = run.wait_ended()
 
     counts = run.executions()
-    rounds, ended = (1, "COMPLETED") if end == "drained" else (2, "PREEMPTED")
+    # From 24.05 on Slurm does not forget a preemption with a requeue.
+    rounds, ended = (1, {"COMPLETED", "PREEMPTED"}) if end == "drained" else (2, {"PREEMPTED"})
     assert ("complete", rounds) == (status["state"], len(status["rounds"]))
-    assert ended == slurm_cluster.show(f"{array}_0").state
+    assert slurm_cluster.show(f"{array}_0").state in ended
     assert {1} == {counts[source] for source in run.executed()[:published]}
     assert run.is_right()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_readme import write_site_files
-from tests.support.cli import Command, logs_of, wait_until
+from tests.support.cli import Command, logs_of, user_id, wait_until
 from tests.support.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -66,7 +65,7 @@ class Contained:
     """A run whose site starts Python within the stand-in of a container."""
 
     def __init__(self, cluster: SlurmCluster) -> None:
-        self.cluster, self.directory = cluster, cluster.folder("contained")
+        self.cluster, self.directory = cluster, cluster.home("contained")
         image = self.directory / "image"
         image.mkdir()
         enter = write(self.directory / "bin" / "enter", CONTAINER, mode=0o755)
@@ -111,7 +110,7 @@ class Contained:
         )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="making a mount namespace needs root")
+@pytest.mark.skipif(user_id() != 0, reason="making a mount namespace needs root")
 def test_python_in_a_container_after_module_load(slurm_cluster: SlurmCluster) -> None:
     """
     `site.python` may be a command that enters a container, `site.setup` may call a shell
@@ -128,7 +127,7 @@ def test_python_in_a_container_after_module_load(slurm_cluster: SlurmCluster) ->
     assert not (contained.image / "contents").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="making a mount namespace needs root")
+@pytest.mark.skipif(user_id() != 0, reason="making a mount namespace needs root")
 @pytest.mark.parametrize("event", ["preemption", "scancel"])
 def test_signals_reach_python_in_a_container(slurm_cluster: SlurmCluster, event: str) -> None:
     """
@@ -177,8 +176,7 @@ def test_the_site_of_the_readme_runs(slurm_cluster: SlurmCluster) -> None:
     they name: here, where the testbed's site is recognised too, both are named and nothing is
     submitted.  Chosen, their account, time limit and lines of the shell reach the jobs.
     """
-    directory = slurm_cluster.folder("readme")
-    directory.chmod(0o755)
+    directory = slurm_cluster.home("readme")
     write_site_files(directory)
     (directory / "set.py").write_text(PIPELINE)
     # A batch script's bash reads this file first, as a login node's profile would be.

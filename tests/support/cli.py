@@ -30,6 +30,12 @@ def wait_until(
         time.sleep(POLL_S)
 
 
+def user_id() -> int:
+    """Return the id of the user whose commands and jobs the tests are about."""
+    user = os.environ.get("HPCRESUME_TEST_USER")
+    return os.getuid() if user is None else pwd.getpwnam(user).pw_uid
+
+
 def as_user(directory: Path) -> list[str]:
     """Return what goes before a command that is run as ``HPCRESUME_TEST_USER`` if that is set.
 

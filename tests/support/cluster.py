@@ -23,6 +23,7 @@ import pytest
 from hpcresume import slurm, testbed
 from hpcresume.errors import TestbedError
 from hpcresume.testbed import cgroups
+from tests.support.cli import as_user, user_id
 
 Proctrack = Literal["auto", "cgroup", "linuxproc"]
 POLL_S = 0.1
@@ -59,6 +60,13 @@ class SlurmCluster:
         path.chmod(0o1777)
         return path
 
+    def home(self, name: str) -> Path:
+        """Return a fresh directory that every node sees, of the user that the tests are about."""
+        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.root))
+        os.chown(path, user_id(), -1)
+        path.chmod(0o755)
+        return path
+
     def run(self, *argv: str, timeout_s: float = 60) -> str:
         """Run a command against this cluster; it must succeed; return what it printed."""
         done = subprocess.run(
@@ -66,6 +74,14 @@ class SlurmCluster:
         )
         assert done.returncode == 0, f"{argv} ended {done.returncode}:\n{done.stderr}"
         return done.stdout
+
+    def run_as_user(self, *argv: str) -> str:
+        """Run a command as the user that the tests are about; return what it printed."""
+        return self.run(*as_user(self.root), *argv).strip()
+
+    def jobs(self, name: str | None = None) -> list[slurm.QueueEntry]:
+        """Return all jobs, or those of a name, of the user that the tests are about."""
+        return slurm.queue(name=name, user=user_id(), conf=self.conf)
 
     def submit(self, body: str, *options: str) -> slurm.JobId:
         """Submit a batch script (given without its first line) and return its job id."""

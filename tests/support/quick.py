@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcresume import slurm
 from tests.support.cli import Command, logs_of
 from tests.support.cluster import SlurmCluster
 
@@ -100,9 +99,8 @@ class QuickRun:
 
     def queued(self) -> list[tuple[str, str]]:
         """Return id and name of this run's jobs that Slurm has not ended."""
-        entries = slurm.queue(conf=self.cluster.conf)
-        mine = [entry for entry in entries if self.run_id in entry.name and not entry.ended]
-        return [(entry.job_id, entry.name) for entry in mine]
+        mine = [entry for entry in self.cluster.jobs() if self.run_id in entry.name]
+        return [(entry.job_id, entry.name) for entry in mine if not entry.ended]
 
     @property
     def run_id(self) -> str:
@@ -121,7 +119,8 @@ class Wrapped:
     """Slurm commands in front of the real ones on the path, each call of them noted."""
 
     def __init__(self, directory: Path) -> None:
-        """Use a directory of the test's own."""
+        """Use a directory of the test's own; whoever runs the commands notes it there."""
+        directory.chmod(0o777)
         self.directory = directory
         self._calls = directory / "calls"
 
