@@ -107,7 +107,8 @@ def test_a_limit_that_leaves_no_room_is_an_error(limited: SlurmCluster) -> None:
     what to do, nothing of it stays in the queue, and the same command works later.
     """
     allow_jobs(limited, 4)
-    others = limited.run_as_user("sbatch", "--parsable", "--array=0-2", "--wrap=sleep 600")
+    sleeping = ["--array=0-2", f"--chdir={limited.root}", "--output=/dev/null", "--wrap=sleep 600"]
+    others = limited.run_as_user("sbatch", "--parsable", *sleeping)
     run = Limited(limited)
 
     said = run.submit(rc=32)

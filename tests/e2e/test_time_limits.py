@@ -132,22 +132,29 @@ def equal(count: int, seconds: float) -> dict[str, tuple[float | None, float]]:
 
 
 @pytest.mark.parametrize(
-    "engine",
-    ["inline", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])],
+    ("engine", "minutes", "drain_s", "seconds"),
+    [
+        pytest.param("inline", 1, 40, 0.6, id="inline"),
+        # A Ray head may take half a minute to come up.
+        pytest.param("ray", 2, 70, 2.0, id="ray", marks=[pytest.mark.slow, pytest.mark.ray]),
+    ],
 )
-def test_time_limit(slurm_cluster: SlurmCluster, engine: str) -> None:
+def test_time_limit(
+    slurm_cluster: SlurmCluster, engine: str, minutes: int, drain_s: float, seconds: float
+) -> None:
     """
     Near its time limit a task stops taking sources, publishes and requeues exactly itself,
     not its neighbour; no source is charged and every row is there once.
     """
-    plan = {**equal(30, 0.6), **{f"quick{i}": (0.0, 1.0) for i in range(30)}}
-    timed = Timed(slurm_cluster, plan, "--array", "2", "-t", "1", drain_s=40, engine=engine)
+    plan = {**equal(30, seconds), **{f"quick{i}": (0.0, 1.0) for i in range(30)}}
+    limits = ["--array", "2", "-t", str(minutes)]
+    timed = Timed(slurm_cluster, plan, *limits, drain_s=drain_s, engine=engine)
 
     status = timed.ended()
 
     outcomes = timed.outcomes()
     assert {("saved", "time-limit")} == {(o["state"], o["kind"]) for o in outcomes[:-1]}
-    assert all(o["elapsed_s"] < 60 and o["completed"] for o in outcomes[:-1])
+    assert all(o["elapsed_s"] < 60 * minutes and o["completed"] for o in outcomes[:-1])
     assert len(outcomes) > 1
     assert "done" == outcomes[-1]["state"]
     assert ["done"] == [o["state"] for o in timed.outcomes(task=1)]
