@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
+    from hpcresume.serving.stage import ServingStage
 
     __version__: str
 
@@ -30,6 +31,7 @@ __all__ = [
     "Pipeline",
     "Rows",
     "Run",
+    "ServingStage",
     "Source",
     "Stage",
     "Worker",
@@ -54,6 +56,7 @@ _HOMES = {
     "Parts": "hpcresume.pipeline.pipeline",
     "Rows": "hpcresume.pipeline.pipeline",
     "Run": "hpcresume.api",
+    "ServingStage": "hpcresume.serving.stage",
     "Source": "hpcresume.pipeline.sources",
     "Stage": "hpcresume.pipeline.stage",
     "Worker": "hpcresume.pipeline.context",

@@ -17,6 +17,7 @@ HpcResumeError                     70
 ├── SlurmUnreachableError          31   the controller does not answer
 ├── SlurmRefusedError              32   Slurm refused the request
 ├── TestbedError                   33   the testbed cannot be brought up
+├── PoolUnrecoverable              85   a pool's workers hold an unknown state; start the task again
 └── InternalError                  70   a bug in hpcresume
 """
 
@@ -148,6 +149,16 @@ class TestbedError(HpcResumeError):
 
     __test__ = False  # the name starts with "Test"; pytest must not collect it
     exit_code = 33
+
+
+class PoolUnrecoverable(HpcResumeError):  # noqa: N818  # a verdict, as callers test for it
+    """Too few workers of a pool hold a state that is known; it serves nothing any more.
+
+    Raised in a stage it ends the attempt: what is committed is published, and the array task
+    starts again with new workers.
+    """
+
+    exit_code = EXIT_SAVED
 
 
 class InternalError(HpcResumeError):

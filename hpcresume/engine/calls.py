@@ -154,6 +154,7 @@ class ChunkResult:
         worked: Names of the stages that worked for a source after their last failure.
         broken: Why the worker cannot go on; nothing else counts then.
         refused: Why the node-local disk cannot take rows; nothing else counts then.
+        unrecoverable: Why the attempt cannot go on; nothing else counts then.
         frame: Chunk frame of everything that succeeded; only where one group is the pipeline.
         completed: Number of sources in the frame.
         rows: Encoded rows of every slot that succeeded; only for the last of several groups.
@@ -167,6 +168,7 @@ class ChunkResult:
     worked: list[str] = field(default_factory=list)
     broken: str | None = None
     refused: str | None = None
+    unrecoverable: str | None = None
     frame: bytes | None = None
     completed: int = 0
     rows: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)

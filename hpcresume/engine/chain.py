@@ -33,7 +33,7 @@ from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.guard import Running, StageTimeoutError, alarm, reason, user_traceback
 from hpcresume.engine.mark import Mark
 from hpcresume.engine.packing import make_packer
-from hpcresume.errors import LocalStorageError, StageStartError, describe
+from hpcresume.errors import LocalStorageError, PoolUnrecoverable, StageStartError, describe
 from hpcresume.ids import ROOT, ItemPath, encode_path, item_id
 from hpcresume.ledger.publishing import output_path
 from hpcresume.pipeline.context import Context, Worker, item_seed
@@ -60,6 +60,9 @@ class _Raised:
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
+
+_BEYOND_THE_ITEM = (WorkerBroken, PoolUnrecoverable)
+"""What a stage raises that says nothing of the item."""
 
 _SPECIAL = (type(None), Many, Failed, WorkerBroken, GeneratorType, _Raised)
 
@@ -198,6 +201,8 @@ class _Call:
                 await self._push(0, items)
         except WorkerBroken as error:
             return ChunkResult(broken=error.reason, seconds=time.perf_counter() - start)
+        except PoolUnrecoverable as error:
+            return ChunkResult(unrecoverable=str(error), seconds=time.perf_counter() - start)
         finally:
             if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
@@ -401,7 +406,7 @@ class _Call:
                 return call()
             with alarm(timeout_s):
                 return call()
-        except WorkerBroken:
+        except _BEYOND_THE_ITEM:
             raise
         except BaseException as error:
             return self._caught(error)
@@ -437,7 +442,7 @@ class _Call:
         while len(answers) < len(items):
             try:
                 answers.extend(map(function, remaining))
-            except WorkerBroken:
+            except _BEYOND_THE_ITEM:
                 raise
             except BaseException as error:
                 answers.append(self._caught(error))
@@ -487,7 +492,7 @@ class _Call:
             with watched:
                 async with asyncio.timeout(stage.timeout_s) as limit:
                     return await call()
-        except WorkerBroken:
+        except _BEYOND_THE_ITEM:
             raise
         except asyncio.CancelledError as error:
             current = asyncio.current_task()

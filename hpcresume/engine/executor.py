@@ -405,6 +405,12 @@ class Executor:
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
+        if result.unrecoverable is not None:
+            raise StageBrokenError(
+                state.group.name,
+                f"stage {state.group.name!r}: {result.unrecoverable}",
+                kind="pool-unrecoverable",
+            )
         if result.broken is not None:
             self._broken(state, worker, chunk, result.broken)
         else:

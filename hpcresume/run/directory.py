@@ -132,9 +132,10 @@ class Outcome(msgspec.Struct, frozen=True):
         kind: Machine-readable reason: ``finished``, ``time-limit``, ``preempted``,
             ``cancelled``, ``requeued`` (by Slurm or an administrator), ``terminated``
             (a signal whose reason Slurm did not tell), ``driver-died``, ``out-of-memory``
-            (of the driver), ``stage-broken``, ``stage-start``, ``ray-start``, ``storage``,
-            ``stopped``, ``superseded``.
-        stage: The stage that is broken, for ``stage-broken`` and ``stage-start``.
+            (of the driver), ``pool-unrecoverable``, ``stage-broken``, ``stage-start``,
+            ``ray-start``, ``storage``, ``stopped``, ``superseded``.
+        stage: The stage that is broken, for ``stage-broken``, ``stage-start`` and
+            ``pool-unrecoverable``.
         completed: Sources this attempt completed.
         elapsed_s: How long it ran.
         usable_s: Seconds that its time limit left for work on sources, had it not been changed;

@@ -19,7 +19,14 @@ from hpcresume.task.messages import Ended
 
 _BROKEN_KINDS = frozenset({"stage-broken", "stage-start", "ray-start", "storage"})
 _RESTARTED_KINDS = frozenset(
-    {"terminated", "preempted", "time-limit", "driver-died", "out-of-memory"}
+    {
+        "terminated",
+        "preempted",
+        "time-limit",
+        "driver-died",
+        "out-of-memory",
+        "pool-unrecoverable",
+    }
 )
 _ASK_S = 5.0
 

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "sinks": {"segment"},
     "observe": RUN | {"merge", "slurm"},
     "results": RUN | {"merge", "observe", "sinks"},
-    "serving": {"pipeline"},
+    "serving": {"fs", "pipeline"},
     "engine": RUN | {"pipeline", "ledger", "sinks"},
     "task": RUN | {"engine", "ledger", "merge", "config", "slurm", "pipeline"},
     "launch": RUN
@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "api": RUN | {"launch", "merge", "observe", "results"},
     "doctor": {"engine", "slurm", "fs", "config", "run"},
     "evals": RUN | {"launch", "pipeline", "results", "merge", "sinks"},
-    "examples": {"(public)"},
+    "examples": {"(public)", "serving"},
 }
 """Room -> the rooms below it that it may import.  cli, above all, may import any."""
 
@@ -54,8 +54,9 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "lmdb": ("ledger/",),
     "subprocess": ("slurm.py", "task/", "launch/", "testbed/", "engine/", "doctor/",
                    "pipeline/context.py", "pipeline/child.py", "examples/"),
-    # submitit loads one pickle of ours: a function by its name, and a string.
-    "pickle": ("engine/",),
+    # submitit loads one pickle of ours: a function by its name, and a string.  Buffers of
+    # serving name the type with which Ray maps memory, and pickle nothing.
+    "pickle": ("engine/", "serving/buffers.py"),
     "cloudpickle": ("engine/", "launch/submitit_executor.py", "launch/trial.py"),
     "marshal": (), "shelve": (), "dill": (), "yaml": (),
     "multiprocessing": (),
@@ -161,6 +162,34 @@ def test_nothing_sleeps_without_a_reason() -> None:
     for path in FILES:
         assert "sleep" not in set(calls_of(path)), f"{name_of(path)}: call it time.sleep"
     assert set() == found - set(SLEEPERS)
+
+
+BLOCKING = {"ray.get", "ray.wait", "time.sleep"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_blocks_an_event_loop(path: Path) -> None:
+    """No coroutine calls what blocks its loop: Ray's get and wait, and sleeps."""
+    found = {
+        (function.name, call)
+        for function in ast.walk(tree_of(path))
+        if isinstance(function, ast.AsyncFunctionDef)
+        for call in _called_in(function)
+        if call in BLOCKING
+    }
+    assert set() == found
+
+
+def _called_in(function: ast.AsyncFunctionDef) -> Iterator[str]:
+    """Yield what a coroutine calls itself, functions that it defines left out."""
+    left: list[ast.AST] = list(function.body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            yield ast.unparse(node.func)
+        left += ast.iter_child_nodes(node)
 
 
 def test_no_bytes_become_code() -> None:

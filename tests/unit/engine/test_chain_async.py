@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hpcresume as hr
 from hpcresume.engine.mark import Mark
+from hpcresume.errors import PoolUnrecoverable
 from tests.unit.engine.chains import ChainCase, call, counters, failed, records, rows
 
 
@@ -141,3 +142,28 @@ def test_mark_has_the_earliest_deadline(case: ChainCase, tmp_path: Path) -> None
     assert [None, 1] == [sight.source for sight in seen]
     assert all(-50 < sight.overdue_s < -40 for sight in seen)
     assert float("-inf") == mark.look().overdue_s
+
+
+def test_an_unrecoverable_pool_ends_the_attempt(case: ChainCase) -> None:
+    """What says nothing of the item charges nobody, wherever a stage raises it."""
+
+    async def ask(x: int) -> int:
+        raise PoolUnrecoverable("two versions at once")
+
+    def fan(x: int) -> Iterator[int]:
+        yield x
+        raise PoolUnrecoverable("two versions at once")
+
+    class Batch(hr.Stage):
+        batch_size = 2
+
+        def process_batch(self, items: Sequence[int]) -> list[int]:
+            raise PoolUnrecoverable("two versions at once")
+
+    for stage in (ask, fan, Batch):
+        result = case.run([stage], [0, 1])
+        assert ("two versions at once", [], None) == (
+            result.unrecoverable,
+            result.failures,
+            result.frame,
+        )

@@ -13,6 +13,7 @@ import hpcresume as hr
 from hpcresume.engine.calls import Inputs
 from hpcresume.engine.executor import Limits, StageBrokenError
 from hpcresume.engine.pool import WorkerRef
+from hpcresume.errors import PoolUnrecoverable
 from hpcresume.pipeline.child import CommandOutOfMemoryError
 from tests.unit.engine.pools import Bench, Death
 
@@ -242,6 +243,22 @@ def test_fifty_like_failures_of_generators_rows_and_sources(tmp_path: Path) -> N
         with pytest.raises(StageBrokenError):
             bench.run()
         assert [] == bench.outcomes.failures
+
+
+def test_an_unrecoverable_pool_stops_and_charges_nobody(tmp_path: Path) -> None:
+    """The attempt ends with the pool's reason; what completed before is kept."""
+
+    def serve(x: int) -> int:
+        if x == 3:
+            raise PoolUnrecoverable("nothing serves")
+        return x
+
+    bench = Bench(tmp_path, [one, serve], list(range(6)), limits=Limits(chunk_max=1))
+    with pytest.raises(StageBrokenError, match="serve': nothing serves") as caught:
+        bench.run()
+    assert "pool-unrecoverable" == caught.value.fields["kind"]
+    assert [] == bench.outcomes.failures
+    assert {0: [0], 1: [1], 2: [2]} == bench.outcomes.rows
 
 
 def test_fifty_deaths_in_a_row_stop(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ YES = ""
         (saved("time-limit"), View.RUNNING, False, True, YES),
         (saved("driver-died"), View.RUNNING, False, True, YES),
         (saved("preempted", state="lost"), View.PREEMPTED, False, True, YES),
+        (saved("pool-unrecoverable"), View.RUNNING, False, True, YES),
         # Slurm has decided otherwise, or is doing it already.
         (saved("cancelled"), View.CANCELLED, False, True, "it ended as cancelled"),
         (saved("requeued"), View.REQUEUED, False, True, "it ended as requeued"),
@@ -76,6 +77,7 @@ YES = ""
         (saved("driver-died"), View.CANCELLED, False, True, "it was cancelled"),
         (saved("terminated"), View.UNKNOWN, False, True, "Slurm does not say"),
         # Without progress it could go on for ever.
+        (saved("pool-unrecoverable", completed=0), View.RUNNING, False, True, "no completion"),
         (saved("preempted", completed=0), View.PREEMPTED, False, True, "published no completion"),
         (saved("time-limit", completed=0), View.RUNNING, False, True, "published no completion"),
         # The user or the site says no.

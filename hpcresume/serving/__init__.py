@@ -1,0 +1,57 @@
+"""Pools of stateful workers whose state is replaced while they serve.
+
+:class:`ServingPool` makes the workers and replaces their state; :class:`StatefulWorker` and
+:class:`StateExporter` are what a user derives from; ``hpcresume.ServingStage`` serves the
+items of a pipeline from a pool.  Nothing here imports Ray before a pool is started.
+"""
+
+from __future__ import annotations
+
+from hpcresume.errors import PoolUnrecoverable
+from hpcresume.serving.blocking import BlockingPool
+from hpcresume.serving.errors import (
+    PhaseFailedError,
+    Retryable,
+    ServingError,
+    StateError,
+    UpdateInProgress,
+)
+from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
+from hpcresume.serving.pool import Lease, ServingPool
+from hpcresume.serving.seats import PoolState, Served
+from hpcresume.serving.state import Part
+from hpcresume.serving.transport import (
+    FileTransport,
+    ObjectTransport,
+    StateTransport,
+    get_transport,
+    register_transport,
+)
+from hpcresume.serving.worker import StateExporter, StatefulWorker
+
+__all__ = [
+    "BlockingPool",
+    "FileTransport",
+    "Lease",
+    "ObjectTransport",
+    "Outcome",
+    "Part",
+    "Phase",
+    "PhaseFailedError",
+    "PoolState",
+    "PoolUnrecoverable",
+    "Retryable",
+    "Served",
+    "ServingError",
+    "ServingPool",
+    "StateError",
+    "StateExporter",
+    "StateTransport",
+    "StatefulWorker",
+    "UpdateInProgress",
+    "UpdatePolicy",
+    "UpdateReport",
+    "WorkerState",
+    "get_transport",
+    "register_transport",
+]

@@ -1,0 +1,562 @@
+"""A pool of workers that serve one state, and how that state is replaced.
+
+Contract: when :meth:`ServingPool.update` returns or raises, every worker that takes requests
+holds one and the same version, old or new, whose digest it has verified; or the pool is
+unrecoverable, nothing of it takes requests, and every caller is told so.  Every phase has a
+deadline.  A worker that is new, or was started again, takes no request before a push.
+
+The workers' processes belong to the pool's own: where that ends they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from hpcresume.errors import ConfigError, PoolUnrecoverable, describe
+from hpcresume.serving.conclusion import conclude, to_its_end
+from hpcresume.serving.errors import Retryable, ServingError, UpdateInProgress
+from hpcresume.serving.execution import Execution, Payload
+from hpcresume.serving.members import Arguments, Member, MemberDiedError, Places, RayPlaces
+from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
+from hpcresume.serving.seats import PoolState, Seat, Served, Waiters
+from hpcresume.serving.transport import StateTransport, get_transport
+from hpcresume.serving.update import EXPORTER, Step, Update
+from hpcresume.serving.worker import StateExporter, StatefulWorker
+
+log = logging.getLogger(__name__)
+
+_REROUTE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker that is held for several requests of one caller.
+
+    Attributes:
+        worker: Its name.
+        version: Version that it served when the lease began.
+    """
+
+    worker: str
+    version: int
+    _pool: ServingPool
+    _seat: Seat
+
+    async def call(self, method: str, *arguments: Any, **named: Any) -> Served:
+        """Have this worker answer a request, with the lease's version or not at all.
+
+        Raises:
+            Retryable: The worker was paused for another version, or died; ask for a new lease.
+        """
+        served = await self._pool._ask(self._seat, method, arguments, named)
+        if served.version != self.version:
+            raise Retryable(served.version, "the worker serves another version by now")
+        return served
+
+
+class ServingPool:
+    """Workers of one class, each with the same state; used from one event loop.
+
+    Args:
+        worker: A :class:`StatefulWorker` class.
+        n: Number of workers.
+        exporter: A :class:`StateExporter` class, made in a process of its own; None: the
+            workers' hooks get each version's state by themselves, under the same contract.
+        transport: ``object``, ``file``, ``torch``, ``module:name``, or a transport.
+        policy: Deadlines, and what an update may do.
+        worker_args: Arguments for the worker's class: positional ones and keywords.
+        exporter_args: The same for the exporter's.
+        places: Where members run; as actors of this process's Ray head unless given.
+
+    Raises:
+        ConfigError: An argument cannot be right.
+    """
+
+    def __init__(
+        self,
+        worker: type[StatefulWorker],
+        n: int,
+        *,
+        exporter: type[StateExporter] | None = None,
+        transport: str | StateTransport = "object",
+        policy: UpdatePolicy | None = None,
+        worker_args: Arguments = ((), {}),
+        exporter_args: Arguments = ((), {}),
+        places: Places | None = None,
+    ) -> None:
+        self.policy = policy or UpdatePolicy()
+        _check(worker, n, exporter, self.policy)
+        self._kind, self._exporter_kind = worker, exporter
+        self._transport = get_transport(transport)
+        self._worker_args, self._exporter_args = worker_args, exporter_args
+        self._places = places or RayPlaces()
+        self._seats = {f"worker-{i}": Seat(f"worker-{i}", i) for i in range(n)}
+        self._exporter: Member | None = None
+        self._payload: Payload | None = None
+        self._session = asyncio.Lock()
+        self._updating: Execution | None = None
+        self._update_waits = False
+        self._unrecoverable: PoolUnrecoverable | None = None
+        self._closed = False
+        self._waiters = Waiters()
+        self._turn = 0
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def version(self) -> int | None:
+        """Version that is served, None before the first."""
+        return None if self._payload is None else self._payload.manifest.version
+
+    def state(self) -> PoolState:
+        """Return how the pool stands."""
+        workers = {name: seat.shown for name, seat in self._seats.items()}
+        reason = "" if self._unrecoverable is None else str(self._unrecoverable)
+        return PoolState(None if reason else self.version, workers, reason)
+
+    async def start(self) -> None:
+        """Make all workers and the exporter; they take requests after the first update.
+
+        Raises:
+            Exception: What the making of one of them raised; all are ended then.
+        """
+        made = await asyncio.gather(
+            *(self._fill(seat) for seat in self._seats.values()),
+            self._exporter_member(),
+            return_exceptions=True,
+        )
+        failed = [error for error in made if isinstance(error, BaseException)]
+        if failed:
+            await self.close()
+            raise failed[0]
+
+    # Requests.
+
+    async def call(
+        self, method: str, *arguments: Any, wait_s: float | None = None, **named: Any
+    ) -> Served:
+        """Have a worker answer a request.
+
+        While no worker takes requests the call is parked; it is routed to one that serves.
+
+        Args:
+            method: Name of the worker's method.
+            *arguments: Its arguments.
+            wait_s: How long to wait for a worker; None: as long as it takes.
+            **named: Its keyword arguments.
+
+        Raises:
+            Retryable: It was begun and has no answer (the worker died, or the request was
+                aborted for an update), or no worker took it in time, or the pool is closed.
+            PoolUnrecoverable: No worker ever will.
+            Exception: What the worker's method raised.
+        """
+        while True:
+            seat = await self._free_seat(wait_s)
+            try:
+                return await self._ask(seat, method, arguments, named)
+            except Retryable as error:
+                if error.begun:
+                    raise
+                # The worker was paused while the request was on its way.
+                await self._waiters.wait(_REROUTE_S)
+
+    @contextlib.asynccontextmanager
+    async def lease(self, *, wait_s: float | None = None) -> AsyncGenerator[Lease, None]:
+        """Hold a worker that serves, for several requests that one version has to answer.
+
+        Raises:
+            Retryable: No worker was free in time, or the pool is closed.
+            PoolUnrecoverable: No worker ever will be.
+        """
+        seat = await self._free_seat(wait_s)
+        version = self.version
+        assert version is not None
+        seat.in_flight += 1
+        try:
+            yield Lease(seat.name, version, self, seat)
+        finally:
+            seat.in_flight -= 1
+            self._waiters.wake()
+
+    async def _free_seat(self, wait_s: float | None) -> Seat:
+        loop = asyncio.get_running_loop()
+        end = None if wait_s is None else loop.time() + wait_s
+        while True:
+            self._check_usable()
+            room = [
+                seat
+                for seat in self._seats.values()
+                if seat.state is WorkerState.SERVING
+                and not seat.is_dead
+                and seat.in_flight < self._kind.concurrency
+            ]
+            if room:
+                seat = min(room, key=lambda seat: (seat.in_flight, seat.turn))
+                self._turn += 1
+                seat.turn = self._turn
+                return seat
+            left = None if end is None else end - loop.time()
+            if (left is not None and left <= 0) or not await self._waiters.wait(left):
+                raise Retryable(
+                    self.version, f"no worker was free within {wait_s:g} s", begun=False
+                )
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise Retryable(self.version, "the pool is closed", begun=False)
+        if self._unrecoverable is not None:
+            raise self._unrecoverable
+
+    async def _ask(
+        self, seat: Seat, method: str, arguments: Sequence[Any], named: Mapping[str, Any]
+    ) -> Served:
+        member, held = seat.member, self.version
+        assert member is not None
+        seat.in_flight += 1
+        try:
+            version, value = await member.call("request", method, arguments, named)
+        except MemberDiedError as error:
+            raise Retryable(held, f"{seat.name} died while it answered") from error
+        finally:
+            seat.in_flight -= 1
+            self._waiters.wake()
+        seat.fruitless = 0
+        return Served(version, value, seat.name)
+
+    # Updates.
+
+    async def newest_version(self) -> int:
+        """Ask the exporter which version is newest.
+
+        Raises:
+            ServingError: There is no exporter, or it does not answer within ``prepare_s``.
+        """
+        exporter = await self._exporter_member()
+        if exporter is None:
+            raise ServingError("the pool has no exporter that could say which version is newest")
+        try:
+            async with asyncio.timeout(self.policy.prepare_s):
+                newest: int = await exporter.call("newest_version")
+        except (MemberDiedError, TimeoutError) as error:
+            await exporter.kill(self.policy.fence_s)
+            raise ServingError(
+                "the exporter does not say which version is newest: "
+                f"{describe(error)}. It is started again for the next question."
+            ) from error
+        return newest
+
+    async def update(self, version: int) -> UpdateReport:
+        """Serve another version; see the module's contract.
+
+        Args:
+            version: Its number, above that which is served.
+
+        Returns:
+            The report; its outcome is ``committed``, maybe with fewer workers than before.
+
+        Raises:
+            UpdateInProgress: An update runs already; nothing happens.
+            ServingError: The version is not above that which is served; nothing happens.
+            PoolUnrecoverable: No worker takes requests any more.
+            Exception: What the update failed of, the same object that was raised, with the
+                report as ``update_report``; the old version is served.  Or, if its outcome
+                is ``committed``, what failed while service was restored: one exception or an
+                ``ExceptionGroup``; the new version is served.
+            CancelledError: The caller was cancelled; service is restored before it is raised.
+        """
+        self._check_usable()
+        if self._update_waits or self._updating is not None:
+            raise UpdateInProgress(f"version {version}: another update is in progress")
+        if self.version is not None and version <= self.version:
+            raise ServingError(f"version {version} is not above {self.version}, which is served")
+        self._update_waits = True
+        try:
+            async with self._session:
+                await self._enough_running()
+                exporter = await self._exporter_member()
+                execution = self._execution(version, exporter)
+                self._updating = execution
+                return await to_its_end(self._run(execution), execution)
+        finally:
+            self._update_waits, self._updating = False, None
+            self._refill_dead()
+            self._waiters.wake()
+
+    async def _enough_running(self) -> None:
+        """Wait for replacements of dead workers, where too few others are there."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.policy.start_s
+        while len(self._running()) < self.policy.min_serving:
+            self._check_usable()
+            if not await self._waiters.wait(max(0.0, end - loop.time())):
+                raise ServingError(
+                    f"only {len(self._running())} workers run after {self.policy.start_s:g} s"
+                )
+
+    def _running(self) -> dict[str, Seat]:
+        wanted = (WorkerState.SERVING, WorkerState.STALE)
+        return {n: s for n, s in self._seats.items() if s.state in wanted and not s.is_dead}
+
+    def _execution(self, version: int, exporter: Member | None) -> Execution:
+        seats = self._running()
+        update = Update(
+            {name: seat.state for name, seat in seats.items()},
+            old=self.version,
+            new=version,
+            policy=self.policy,
+            in_place=self._kind.in_place,
+            has_exporter=exporter is not None,
+            has_old=self._payload is not None,
+        )
+        return self._make_execution(update, seats, exporter, old=self._payload)
+
+    def _make_execution(
+        self,
+        update: Update,
+        seats: Mapping[str, Seat],
+        exporter: Member | None = None,
+        *,
+        old: Payload | None = None,
+        new: Payload | None = None,
+    ) -> Execution:
+        members = {name: seat.member for name, seat in seats.items()}
+        if exporter is not None:
+            members[EXPORTER] = exporter
+        resumed: set[str] = set()
+
+        def follow(step: Step | None) -> None:
+            for name, seat in seats.items():
+                if name not in resumed or update.states[name] is WorkerState.DEAD:
+                    seat.state = update.states[name]
+            if step is not None and step.phase is Phase.RESUME and not step.is_old:
+                # From here on workers answer with it.
+                self._payload = execution.new
+
+        def resume(name: str) -> None:
+            resumed.add(name)
+            seats[name].state = WorkerState.SERVING
+            self._waiters.wake()
+
+        execution = Execution(
+            update,
+            {name: member for name, member in members.items() if member is not None},
+            self.policy,
+            old=old,
+            new=new,
+            on_step=follow,
+            on_resumed=resume,
+        )
+        return execution
+
+    async def _run(self, execution: Execution) -> UpdateReport:
+        """Run an update and draw the consequences."""
+        before = self._payload
+        report = await execution.run()
+        log.log(logging.INFO if report.primary is None else logging.WARNING, "%s", report)
+        if report.outcome is Outcome.COMMITTED:
+            self._forget(before)
+        else:
+            self._payload = before
+            self._transport.forget(execution.occupied)
+        if report.outcome is Outcome.UNRECOVERABLE:
+            self._give_up(report)
+        return conclude(report, self._unrecoverable)
+
+    def _forget(self, payload: Payload | None) -> None:
+        if payload is not None and payload.session:
+            self._transport.forget(payload.session)
+
+    def _give_up(self, report: UpdateReport) -> None:
+        fenced = "; ".join(f"{name}: {reason}" for name, reason in report.fenced.items())
+        why = f": {describe(report.primary)}" if report.primary is not None else ""
+        self._unrecoverable = PoolUnrecoverable(
+            f"the update to version {report.to_version} left too few workers that are known to "
+            f"hold one version{why}. None of them serves any more ({fenced}). "
+            "Start the task again; what is committed is kept.",
+            from_version=report.from_version,
+            to_version=report.to_version,
+        )
+
+    # Workers that died.
+
+    async def _fill(self, seat: Seat) -> None:
+        """Make a worker for a seat; it is stale at first."""
+        seat.state = WorkerState.STARTING
+        member = self._places.worker(max(1, self._kind.concurrency))
+        seat.member = member
+        try:
+            async with asyncio.timeout(self.policy.start_s):
+                environ = self._places.environ(seat.index)
+                made = (self._kind, self._worker_args, self._transport, environ)
+                await member.call("make", *made)
+        except BaseException:
+            await member.kill(self.policy.fence_s)
+            seat.state = WorkerState.DEAD
+            raise
+        seat.state = WorkerState.STALE
+        member.died.add_done_callback(lambda _: self._note_death(seat, member))
+        self._waiters.wake()
+
+    def _note_death(self, seat: Seat, member: Member) -> None:
+        if seat.member is not member or self._closed:
+            return
+        seat.state = WorkerState.DEAD
+        log.warning("%s has died", seat.name)
+        self._waiters.wake()
+        if self._updating is None:
+            self._refill_dead()
+
+    def _refill_dead(self) -> None:
+        """Replace the dead, and push to the stale, in the background."""
+        for seat in self._seats.values():
+            if seat.state is WorkerState.STALE or (
+                seat.is_dead and seat.state is not WorkerState.STARTING
+            ):
+                self._spawn_refill(seat)
+
+    def _spawn_refill(self, seat: Seat) -> None:
+        is_refilling = seat.refilling is not None and not seat.refilling.done()
+        if self._closed or self._unrecoverable is not None or is_refilling:
+            return
+        seat.refilling = asyncio.ensure_future(self._refill(seat))
+
+    async def _refill(self, seat: Seat) -> None:
+        while not (self._closed or self._unrecoverable) and not self._is_settled(seat):
+            if seat.is_dead:
+                seat.state = WorkerState.DEAD
+                if not self.policy.replace_dead or seat.fruitless >= self.policy.replacements:
+                    await self._lose(seat)
+                    return
+                seat.fruitless += 1
+                try:
+                    await self._fill(seat)
+                except Exception as error:
+                    log.warning("%s cannot be started again: %s", seat.name, describe(error))
+                    continue
+            await self._join(seat)
+
+    def _is_settled(self, seat: Seat) -> bool:
+        """Whether a seat's worker serves, or waits for the first update."""
+        if seat.is_dead:
+            return False
+        return seat.state is not WorkerState.STALE or self._payload is None
+
+    async def _join(self, seat: Seat) -> None:
+        """Push the served version to a stale worker and let it take requests."""
+        async with self._session:
+            payload = self._payload
+            if payload is None or seat.is_dead or seat.state is not WorkerState.STALE:
+                return
+            version = payload.manifest.version
+            update = Update(
+                {seat.name: WorkerState.STALE},
+                old=None,
+                new=version,
+                policy=self.policy,
+                in_place=self._kind.in_place,
+                has_exporter=False,
+            )
+            report = await self._make_execution(update, {seat.name: seat}, new=payload).run()
+            if report.outcome is Outcome.COMMITTED:
+                log.info("%s serves version %s", seat.name, version)
+            elif not seat.is_dead and seat.member is not None:
+                log.warning("%s cannot be brought to version %s: %s", seat.name, version, report)
+                await seat.member.kill(self.policy.fence_s)
+
+    async def _lose(self, seat: Seat) -> None:
+        """Give a seat up; the pool with it where too few are left."""
+        log.error("%s is given up", seat.name)
+        hopeful = [
+            s
+            for s in self._seats.values()
+            if s is not seat and (not s.is_dead or s.fruitless < self.policy.replacements)
+        ]
+        usable = hopeful if self.policy.replace_dead else [s for s in hopeful if not s.is_dead]
+        if len(usable) < self.policy.min_serving:
+            self._unrecoverable = PoolUnrecoverable(
+                f"too few workers are left: {seat.name} died {seat.fruitless + 1} times without "
+                "having answered a request. Start the task again; what is committed is kept."
+            )
+            for other in self._seats.values():
+                other.state = WorkerState.DEAD
+                if other.member is not None:
+                    await other.member.kill(self.policy.fence_s)
+        self._waiters.wake()
+
+    async def _exporter_member(self) -> Member | None:
+        """Return the exporter, made anew where it has died."""
+        if self._exporter_kind is None:
+            return None
+        if self._exporter is None or self._exporter.died.done():
+            member = self._places.exporter()
+            made = (self._exporter_kind, self._exporter_args, self._transport)
+            try:
+                async with asyncio.timeout(self.policy.start_s):
+                    await member.call("make", *made)
+            except BaseException:
+                await member.kill(self.policy.fence_s)
+                raise
+            self._exporter = member
+        return self._exporter
+
+    async def ended(self, timeout_s: float) -> bool:
+        """Wait until the pool is closed or unrecoverable; return whether it is."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while not (self._closed or self._unrecoverable) and (left := end - loop.time()) > 0:
+            await self._waiters.wait(left)
+        return self._closed or self._unrecoverable is not None
+
+    async def close(self) -> None:
+        """End the pool: an update in progress is wound up, and every request is answered."""
+        if self._closed:
+            return
+        self._closed = True
+        self._waiters.wake()
+        if self._updating is not None:
+            self._updating.cancel(ServingError("the pool is closed"))
+        tasks = [s.refilling for s in self._seats.values() if s.refilling is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with self._session:
+            members = [s.member for s in self._seats.values() if s.member is not None]
+            members += [self._exporter] if self._exporter is not None else []
+            await asyncio.gather(*(member.end(self.policy.fence_s) for member in members))
+            for seat in self._seats.values():
+                seat.state = WorkerState.RETIRED
+            self._forget(self._payload)
+
+
+def _check(
+    worker: type[StatefulWorker],
+    n: int,
+    exporter: type[StateExporter] | None,
+    policy: UpdatePolicy,
+) -> None:
+    if not (isinstance(worker, type) and issubclass(worker, StatefulWorker)):
+        raise ConfigError(f"worker={worker!r} is no StatefulWorker class. Derive one from it.")
+    if exporter is not None and not (
+        isinstance(exporter, type) and issubclass(exporter, StateExporter)
+    ):
+        raise ConfigError(f"exporter={exporter!r} is no StateExporter class. Derive one from it.")
+    if n < 1 or policy.min_serving > n:
+        raise ConfigError(
+            f"a pool of {n} workers cannot keep min_serving={policy.min_serving} of them."
+        )
+    if policy.overlap and worker.in_place:
+        raise ConfigError(
+            f"{worker.__name__} is in_place: it cannot be overwritten while it serves. "
+            "Set overlap=False, or stage the state."
+        )

@@ -1,0 +1,74 @@
+"""A pipeline that serves from a pool whose update goes wrong as a test says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SERVE = '''
+import os
+import time
+
+import hpcresume as hr
+from hpcresume.serving import StateExporter, StatefulWorker
+
+
+class Model(StatefulWorker):
+    """Dies of the push of version 2; every answer is counted in ``calls``."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def stage(self, version, parts):
+        if version == 2:
+            os._exit(9)
+        super().stage(version, parts)
+
+    def process(self, i):
+        fd = os.open(self.calls, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.write(fd, b"%d\\\\n" % i)
+        os.close(fd)
+        time.sleep(0.02)
+        return {"i": i, "made_by": bytes(self.state["name"]).decode()}
+
+
+class Trainer(StateExporter):
+    def newest_version(self):
+        return 1
+
+    def export(self, version):
+        return {"name": b"version %d" % version}
+
+
+class Serve(hr.ServingStage):
+    """Asks for version 2 at one item, the first time or every time."""
+
+    fatal, always, flag = 0, False, ""
+
+    async def process(self, i):
+        if i == self.fatal and (self.always or not os.path.exists(self.flag)):
+            with open(self.flag, "a") as file:
+                file.write("x")
+            await self.refresh(2)
+        return await self.serve(i)
+
+
+def pipeline(n: int = 60, fatal: int = 30, always: bool = False, place: str = "."):
+    stage = Serve(Model, 2, exporter=Trainer, worker_args=((f"{place}/calls",), {}),
+                  max_concurrency=1)
+    stage.fatal, stage.always, stage.flag = fatal, always, f"{place}/flag"
+    return hr.Pipeline(name="serve", sources=hr.indexed(n), stages=[stage])
+'''
+
+
+def write_serve(directory: Path) -> Path:
+    """Write the pipeline and return its path."""
+    path = directory / "serve.py"
+    path.write_text(SERVE.replace("\\\\n", "\\n"))
+    return path
+
+
+def serve_result(n: int = 60) -> bytes:
+    """Return what collecting it over ``n`` sources gives, each answered by version 1."""
+    rows = ({"i": i, "made_by": "version 1", "version": 1} for i in range(n))
+    return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)

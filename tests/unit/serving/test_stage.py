@@ -1,0 +1,214 @@
+"""A stage that serves from a pool, in this process; and the pool without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import hpcresume as hr
+from hpcresume.errors import EXIT_SAVED, PipelineError, PoolUnrecoverable
+from hpcresume.serving import (
+    BlockingPool,
+    PhaseFailedError,
+    Retryable,
+    ServingPool,
+    StateExporter,
+    StatefulWorker,
+)
+from hpcresume.serving.members import LocalPlaces
+from tests.unit.engine.chains import ChainCase, failed, rows
+
+
+class Model(StatefulWorker):
+    """Says what it was asked and by which state."""
+
+    def process(self, item):
+        if item == "bad":
+            raise ValueError("no such item")
+        if item == "many":
+            return hr.Many([{"n": 0}, {"n": 1}, "text"])
+        return {"item": item, "state": bytes(self.state["name"]).decode()}
+
+
+class Clock(StateExporter):
+    """Has a new version whenever the file says so."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def newest_version(self):
+        return int(self.path.read_text())
+
+    def export(self, version):
+        return {"name": str(version).encode()}
+
+
+@pytest.fixture
+def newest(tmp_path: Path) -> Path:
+    path = tmp_path / "newest"
+    path.write_text("3")
+    return path
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> ChainCase:
+    return ChainCase(tmp_path)
+
+
+def stage(newest: Path, **options) -> hr.ServingStage:
+    return hr.ServingStage(Model, 2, exporter=Clock, exporter_args=((str(newest),), {}), **options)
+
+
+async def answers(stage: hr.ServingStage, *items: object) -> list[object]:
+    return [await stage.process(item) for item in items]
+
+
+def test_rows_name_the_version_that_made_them(case: ChainCase, newest: Path) -> None:
+    """Rows that are dicts carry it, also among several; others stay as they are."""
+    serving = stage(newest)
+    chain = case.make([serving])
+    chain.setup()
+    try:
+        found = asyncio.run(answers(serving, "a", "many"))
+    finally:
+        chain.teardown()
+
+    assert {"item": "a", "state": "3", "version": 3} == found[0]
+    assert [{"n": 0, "version": 3}, {"n": 1, "version": 3}, "text"] == list(found[1])
+
+
+def test_a_workers_exception_fails_the_source(case: ChainCase, newest: Path) -> None:
+    """What the worker's method raises is the item's failure; other items have their rows."""
+    from tests.unit.engine.chains import call, records
+
+    chain = case.make([stage(newest, version_field=None)])
+    chain.setup()
+    try:
+        result = call(chain, records(["a", "bad", "b"]))
+    finally:
+        chain.teardown()
+
+    assert {1: ("ValueError", "no such item")} == {
+        slot: (one.kind, one.message) for slot, one in failed(result).items()
+    }
+    assert [{"item": "a", "state": "3"}] == rows(result)[0]
+    assert {0, 2} == set(rows(result))
+
+
+def test_a_refresh_by_hand(case: ChainCase, newest: Path) -> None:
+    """`refresh` serves another version, between two items of the same stage."""
+    serving = stage(newest)
+    chain = case.make([serving])
+    chain.setup()
+
+    async def both() -> list[object]:
+        before = await serving.process("a")
+        await serving.refresh(7)
+        return [before, await serving.process("b")]
+
+    try:
+        before, after = asyncio.run(both())
+    finally:
+        chain.teardown()
+
+    assert ("3", 3, "7", 7) == (
+        before["state"],
+        before["version"],
+        after["state"],
+        after["version"],
+    )
+
+
+def test_refresh_every(case: ChainCase, newest: Path) -> None:
+    """The exporter is asked, and its newest version served, while items are answered."""
+    serving = stage(newest, refresh_every_s=0.05)
+    chain = case.make([serving])
+    chain.setup()
+    try:
+        newest.write_text("4")
+        deadline = time.monotonic() + 20
+        while serving.version != 4:
+            assert time.monotonic() < deadline
+            (row,) = asyncio.run(answers(serving, "a"))
+            assert str(row["version"]) == row["state"]
+        newest.write_text("broken")  # the version is served on
+        newest.unlink()
+        assert 4 == asyncio.run(answers(serving, "a"))[0]["version"]
+    finally:
+        chain.teardown()
+
+
+def test_an_item_that_is_interrupted_is_asked_again(case: ChainCase, newest: Path) -> None:
+    """A worker that dies under an item costs nothing but time; three times fail the item."""
+    serving = stage(newest)
+    chain = case.make([serving])
+    chain.setup()
+    pool = serving._front.pool
+    original, deaths = pool.call, []
+
+    async def dies(*arguments, **named):
+        if len(deaths) < limit:
+            deaths.append(1)
+            raise Retryable(3, "it died")
+        return await original(*arguments, **named)
+
+    pool.call = dies
+    try:
+        limit = 2
+        assert 3 == asyncio.run(answers(serving, "a"))[0]["version"]
+        deaths.clear()
+        limit = 3
+        with pytest.raises(Retryable):
+            asyncio.run(answers(serving, "a"))
+    finally:
+        chain.teardown()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "predict"}, {"refresh_every_s": 0}, {"refresh_every_s": 1, "exporter": None}],
+)
+def test_what_cannot_be_right_is_refused(options: dict[str, object]) -> None:
+    """A stage that could not work is refused when the pipeline is built."""
+    with pytest.raises(PipelineError):
+        hr.ServingStage(Model, 2, **{"exporter": Clock, **options})
+
+
+def test_a_pool_without_a_loop(newest: Path) -> None:
+    """BlockingPool's methods return when they are done, from any thread."""
+
+    def make() -> ServingPool:
+        return ServingPool(
+            Model, 2, exporter=Clock, exporter_args=((str(newest),), {}), places=LocalPlaces()
+        )
+
+    with BlockingPool(make) as pool:
+        pool.update(pool.newest_version())
+        found: list[object] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(pool.call("process", "x").version))
+            for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert ([3] * 5, 2) == (found, len(pool.state().serving))
+    pool.close()
+
+
+def test_verdicts_travel() -> None:
+    """Exceptions of a pool keep their fields between processes; a verdict has its exit code."""
+    verdict = pickle.loads(pickle.dumps(PoolUnrecoverable("no version", to_version=3)))
+    retry = pickle.loads(pickle.dumps(Retryable(2, "paused", begun=False)))
+    lost = pickle.loads(pickle.dumps(PhaseFailedError("build", "exporter", 2, 1.5, "died")))
+
+    assert (EXIT_SAVED, {"to_version": 3}) == (verdict.exit_code, verdict.fields)
+    assert (2, False) == (retry.version, retry.begun)
+    assert "version 2: exporter died in phase 'build' after 1.5 s" in str(lost)
+    assert 1.5 == lost.fields["elapsed_s"]
