@@ -174,10 +174,11 @@ class RayMember:
 
         try:
             return await call(self._handle, method, *arguments)
-        except (ray.exceptions.RayActorError, ray.exceptions.OwnerDiedError) as error:
-            raise MemberDiedError(f"its process died during {method}()") from error
+        # First: what the method raised may itself tell of the death of some other actor.
         except ray.exceptions.RayTaskError as error:
             raise _original(error) from None
+        except ray.exceptions.RayActorError as error:
+            raise MemberDiedError(f"its process died during {method}()") from error
 
     async def chunks(self, session: int, count: int) -> list[Any]:
         """Return references to the chunks; they belong to this process and outlive the actor."""
@@ -214,10 +215,10 @@ async def _settled(reference: Any) -> None:
 
     try:
         await reference
-    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-        raise MemberDiedError("its process died during chunk()") from error
     except ray.exceptions.RayTaskError as error:
         raise _original(error) from None
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        raise MemberDiedError("its process died during chunk()") from error
 
 
 def _original(error: Any) -> BaseException:

@@ -362,7 +362,15 @@ class ServingPool:
     async def _run(self, execution: Execution) -> UpdateReport:
         """Run an update and draw the consequences."""
         before = self._payload
-        report = await execution.run()
+        try:
+            report = await execution.run()
+        except BaseException as error:
+            # The loop is ending, or this is a bug: nobody knows how the workers stand.
+            await self._abandon(
+                f"the update to version {execution.update.new} ended in the middle: "
+                f"{describe(error)}"
+            )
+            raise
         log.log(logging.INFO if report.primary is None else logging.WARNING, "%s", report)
         if report.outcome is Outcome.COMMITTED:
             self._forget(before)
@@ -484,14 +492,21 @@ class ServingPool:
         ]
         usable = hopeful if self.policy.replace_dead else [s for s in hopeful if not s.is_dead]
         if len(usable) < self.policy.min_serving:
-            self._unrecoverable = PoolUnrecoverable(
+            await self._abandon(
                 f"too few workers are left: {seat.name} died {seat.fruitless + 1} times without "
-                "having answered a request. Start the task again; what is committed is kept."
+                "having answered a request"
             )
-            for other in self._seats.values():
-                other.state = WorkerState.DEAD
-                if other.member is not None:
-                    await other.member.kill(self.policy.fence_s)
+        self._waiters.wake()
+
+    async def _abandon(self, why: str) -> None:
+        """See to it that nobody serves any more."""
+        self._unrecoverable = PoolUnrecoverable(
+            f"{why}. Start the task again; what is committed is kept."
+        )
+        for seat in self._seats.values():
+            seat.state = WorkerState.DEAD
+            if seat.member is not None:
+                await seat.member.kill(self.policy.fence_s)
         self._waiters.wake()
 
     async def _exporter_member(self) -> Member | None:

@@ -94,6 +94,21 @@ class Package:
     chunks: tuple[tuple[Buffer, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A part whose type and shape a transport names itself.
+
+    Attributes:
+        data: Contiguous buffer.
+        dtype: Type of its values.
+        shape: Its shape.
+    """
+
+    data: Any
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def pack(version: int, parts: object, *, chunk_bytes: int = CHUNK_BYTES) -> Package:
     """Describe a state and group it in chunks, without copying it.
 
@@ -110,7 +125,7 @@ def pack(version: int, parts: object, *, chunk_bytes: int = CHUNK_BYTES) -> Pack
     infos: list[list[PartInfo]] = []
     chunks: list[list[Buffer]] = []
     seen: set[str] = set()
-    for name, value in _pairs(named):
+    for name, value in pairs(named):
         if name in seen:
             raise StateError(f"version {version}: two parts are named {name!r}")
         seen.add(name)
@@ -137,7 +152,12 @@ def describe(version: int, chunks: Iterable[Iterable[PartInfo]]) -> Manifest:
     return Manifest(version, grouped, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _pairs(parts: object) -> Iterator[tuple[str, Any]]:
+def pairs(parts: object) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of what an exporter returned.
+
+    Raises:
+        StateError: It is no iterable of pairs.
+    """
     if not isinstance(parts, Iterable) or isinstance(parts, str | bytes | bytearray | memoryview):
         raise StateError(
             f"a state is {type(parts).__name__}. export() returns a mapping, or pairs, "
@@ -151,16 +171,18 @@ def _pairs(parts: object) -> Iterator[tuple[str, Any]]:
 
 def _part(version: int, name: str, value: Any) -> tuple[PartInfo, Buffer]:
     try:
-        view = memoryview(value)
+        view = memoryview(value.data if isinstance(value, Values) else value)
         buffer = Buffer(view)
     except TypeError as error:
         raise StateError(
             f"version {version}: part {name!r} is {type(value).__name__}, not a contiguous "
             f"buffer ({error}). Give bytes, or numpy.ascontiguousarray(...)."
         ) from error
+    crc = checksum(buffer.view)
+    if isinstance(value, Values):
+        return PartInfo(name, value.dtype, value.shape, view.nbytes, crc), buffer
     dtype = getattr(getattr(value, "dtype", None), "str", None) or view.format
-    shape = tuple(view.shape or ())
-    return PartInfo(name, dtype, shape, view.nbytes, checksum(buffer.view)), buffer
+    return PartInfo(name, dtype, tuple(view.shape or ()), view.nbytes, crc), buffer
 
 
 def unpack(manifest: Manifest, number: int, buffers: Iterable[Any]) -> Iterator[Part]:

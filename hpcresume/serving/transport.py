@@ -135,7 +135,13 @@ class FileTransport:
 
 
 TransportMaker = Callable[[], StateTransport]
-_MAKERS: dict[str, TransportMaker] = {"object": ObjectTransport, "file": FileTransport}
+_MAKERS: dict[str, TransportMaker] = {
+    "object": ObjectTransport,
+    "file": FileTransport,
+}
+
+_LATE = {"torch": "hpcresume.serving.torch_transport:TorchTransport"}
+"""Those whose import costs seconds, or fails where nobody needs them."""
 
 
 def register_transport(name: str, make: TransportMaker) -> None:
@@ -151,11 +157,12 @@ def get_transport(which: str | StateTransport) -> StateTransport:
     """
     if not isinstance(which, str):
         return which
+    which = _LATE.get(which, which)
     make = _MAKERS.get(which)
     if make is None and ":" in which:
         make = _imported(which)
     if make is None:
-        known = ", ".join(sorted(_MAKERS))
+        known = ", ".join(sorted({*_MAKERS, *_LATE}))
         raise ConfigError(
             f"there is no transport {which!r}. Known: {known}; others as 'module:name'.",
             transport=which,
@@ -170,7 +177,7 @@ def _imported(which: str) -> TransportMaker:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"transport {which!r} does not import: {error}. Install what it needs, or name "
-            "one that is built in.",
+            "another one.",
             transport=which,
         ) from error
     return make

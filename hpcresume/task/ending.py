@@ -127,7 +127,7 @@ def make_outcome(
         kind, reason, stage = ended.kind, ended.reason, ended.stage
     elif died is not None:
         kind, reason = died
-    if stop is not None and kind in {"terminated", "driver-died"}:
+    if stop is not None and kind in {"terminated", "driver-died", "pool-unrecoverable"}:
         kind, reason = stop
     states = {"finished": "done", "superseded": "superseded"}
     state = "broken" if kind in _BROKEN_KINDS else states.get(kind, "saved")

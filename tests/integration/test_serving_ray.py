@@ -120,7 +120,7 @@ async def _after_a_fault(case: PoolCase, who: str, phase: str, how: str, which: 
 @pytest.mark.parametrize("how", ["raise", "hang", "die"])
 def test_every_phase_of_one(tmp_path: Path, how: str) -> None:
     """
-    W9: in every phase one worker, or the exporter, raises, hangs or dies; each update ends
+    In every phase one worker, or the exporter, raises, hangs or dies; each update ends
     within its deadline with one verified version on all that serve, and who was lost is
     replaced.
     """
@@ -136,7 +136,7 @@ def test_every_phase_of_one(tmp_path: Path, how: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "hang", "die"])
 def test_every_phase_of_all(tmp_path: Path, how: str) -> None:
-    """W9: the same where it happens to all workers at once; unrecoverable means none serves."""
+    """The same where it happens to all workers at once; unrecoverable means none serves."""
 
     async def product() -> None:
         for who, phase, _, which in (f for f in FAULTS if f[2:] == (how, "all")):
@@ -178,7 +178,7 @@ def test_random_schedules(tmp_path: Path) -> None:
 
 
 def test_the_loop_is_never_blocked(tmp_path: Path) -> None:
-    """W6: a ticker in the pool's loop never lags 100 ms while a push takes a second."""
+    """A ticker in the pool's loop never lags 100 ms while a push takes a second."""
 
     async def case() -> None:
         async with pool_of(tmp_path, n=2, places=RayPlaces(), policy=PATIENT) as case:
@@ -200,7 +200,7 @@ def test_the_loop_is_never_blocked(tmp_path: Path) -> None:
 
 def test_kill_9(tmp_path: Path) -> None:
     """
-    W11, W12: a worker killed while it answers: that request is retryable, all others are
+    A worker killed while it answers: that request is retryable, all others are
     answered, and its successor serves only what was pushed to it.
     """
 

@@ -38,7 +38,7 @@ def submit(tmp_path: Path, pipeline: str, *options: str, rc: int | None = 0) -> 
 
 def test_an_unrecoverable_pool_restarts_the_task(tmp_path: Path) -> None:
     """
-    W15: all workers die of a push: the attempt publishes what it completed and ends as
+    All workers die of a push: the attempt publishes what it completed and ends as
     ``pool-unrecoverable``, nobody is charged; the next one finishes, and no source that was
     completed is done twice.
     """
@@ -64,7 +64,7 @@ def test_an_unrecoverable_pool_restarts_the_task(tmp_path: Path) -> None:
 
 def test_a_pool_that_never_recovers_ends_the_run(tmp_path: Path) -> None:
     """
-    W15: attempts that get nowhere are not made for ever: after ``max_no_progress_rounds``
+    Attempts that get nowhere are not made for ever: after ``max_no_progress_rounds``
     the run is stopped with the pool's reason.
     """
     write_serve(tmp_path)

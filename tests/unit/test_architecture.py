@@ -58,6 +58,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     # serving name the type with which Ray maps memory, and pickle nothing.
     "pickle": ("engine/", "serving/buffers.py"),
     "cloudpickle": ("engine/", "launch/submitit_executor.py", "launch/trial.py"),
+    "torch": ("serving/torch_transport.py",),
     "marshal": (), "shelve": (), "dill": (), "yaml": (),
     "multiprocessing": (),
 }  # fmt: skip
@@ -261,7 +262,7 @@ def test_public_names_have_docstrings(path: Path) -> None:
     assert [] == found
 
 
-HEAVY = ("ray", "submitit", "pyarrow", "jinja2", "rich", "numpy")
+HEAVY = ("ray", "submitit", "pyarrow", "jinja2", "rich", "numpy", "torch")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_gate_opens_over_a_verified_state_only() -> None:
 
 
 def test_finalize_is_harmless_at_any_time() -> None:
-    """W13: before anything was prepared, and twice: the worker's hook runs once for a session."""
+    """Before anything was prepared, and twice: the worker's hook runs once for a session."""
     host = make()
     host.finalize(1)
     host.prepare(1, 5)

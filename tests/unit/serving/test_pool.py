@@ -62,7 +62,7 @@ def test_events_of_an_update(tmp_path: Path) -> None:
 
 def test_a_failing_build_restores_service(tmp_path: Path) -> None:
     """
-    W1: the state cannot be built: exporter and workers are finalized, caches restored, workers
+    The state cannot be built: exporter and workers are finalized, caches restored, workers
     resumed with the old version, in this order, and the build's own exception is raised.
     """
 
@@ -83,7 +83,7 @@ def test_a_failing_build_restores_service(tmp_path: Path) -> None:
 
 
 def test_a_failing_push_restores_service(tmp_path: Path) -> None:
-    """W2: one worker cannot receive the state: all serve the old one, the staged is dropped."""
+    """One worker cannot receive the state: all serve the old one, the staged is dropped."""
 
     async def case() -> None:
         async with pool_of(tmp_path) as case:
@@ -100,7 +100,7 @@ def test_a_failing_push_restores_service(tmp_path: Path) -> None:
 
 
 def test_a_failing_finalize_alone_is_raised_after_service_is_restored(tmp_path: Path) -> None:
-    """W3: a clean-up that fails after success is raised, and the new version is served."""
+    """A clean-up that fails after success is raised, and the new version is served."""
 
     async def case() -> None:
         async with pool_of(tmp_path) as case:
@@ -118,7 +118,7 @@ def test_the_first_failure_wins_over_those_of_the_clean_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    W4, W10: push, finalize and restore all fail: the push's exception is raised as the same
+    Push, finalize and restore all fail: the push's exception is raised as the same
     object with the others as notes and in its report; each was tried, labelled and logged
     with its traceback.
     """
@@ -147,7 +147,7 @@ def test_the_first_failure_wins_over_those_of_the_clean_up(
 
 
 def test_several_clean_up_failures_are_a_group(tmp_path: Path) -> None:
-    """W10: what fails on all workers after success is one ExceptionGroup, service is up."""
+    """What fails on all workers after success is one ExceptionGroup, service is up."""
 
     async def case() -> None:
         async with pool_of(tmp_path, n=2) as case:
@@ -162,7 +162,7 @@ def test_several_clean_up_failures_are_a_group(tmp_path: Path) -> None:
 
 def test_a_straggler_never_commits(tmp_path: Path) -> None:
     """
-    W7: one worker's push raises while another's hangs: the hanging one is fenced before the
+    One worker's push raises while another's hangs: the hanging one is fenced before the
     error is out, and when it wakes up it takes no request and holds nothing.
     """
 
@@ -187,7 +187,7 @@ def test_a_straggler_never_commits(tmp_path: Path) -> None:
 
 def test_a_torn_push_in_place_is_never_served(tmp_path: Path) -> None:
     """
-    W8: a worker that was overwritten in part is tainted.  The push is tried again; while it
+    A worker that was overwritten in part is tainted.  The push is tried again; while it
     fails the worker takes no request, and with no other left the old version is pushed.
     """
 
@@ -286,7 +286,7 @@ def test_too_few_workers_are_unrecoverable(tmp_path: Path) -> None:
 
 def test_a_cancelled_update_restores_service_first(tmp_path: Path) -> None:
     """
-    W10: an update cancelled in a hanging push ends within its grace: the hanging worker is
+    An update cancelled in a hanging push ends within its grace: the hanging worker is
     fenced, the others serve the old version, and CancelledError is what comes out.
     """
 
@@ -330,7 +330,7 @@ def test_a_cancelled_commit_goes_forward(tmp_path: Path) -> None:
 
 def test_a_new_worker_takes_no_request_before_a_push(tmp_path: Path) -> None:
     """
-    W11: a worker that died is replaced; its successor holds nothing, refuses requests, and
+    A worker that died is replaced; its successor holds nothing, refuses requests, and
     serves after a push of the version that the others serve.
     """
 
@@ -354,7 +354,7 @@ def test_a_new_worker_takes_no_request_before_a_push(tmp_path: Path) -> None:
 
 def test_requests_over_an_update_are_all_answered(tmp_path: Path) -> None:
     """
-    W12: requests in flight, parked and coming in during updates are all answered, each by one
+    Requests in flight, parked and coming in during updates are all answered, each by one
     version, whole.
     """
 
@@ -395,7 +395,7 @@ def test_an_aborted_request_is_retryable(tmp_path: Path) -> None:
 
 
 def test_closing_answers_everybody(tmp_path: Path) -> None:
-    """W12: a pool that is closed answers the parked, and winds up an update in progress."""
+    """A pool that is closed answers the parked, and winds up an update in progress."""
 
     async def case() -> None:
         async with pool_of(tmp_path, n=1, policy=replace(QUICK, cancel_s=0.2)) as case:
@@ -439,7 +439,7 @@ def test_a_lease_is_of_one_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["raise", "commit"])
 def test_without_an_exporter_the_same_guard_holds(tmp_path: Path, how: str) -> None:
     """
-    W14: workers that get each version's state by themselves are paused, rolled back and
+    Workers that get each version's state by themselves are paused, rolled back and
     resumed like others.
     """
 
@@ -474,7 +474,7 @@ def test_without_an_exporter_the_same_guard_holds(tmp_path: Path, how: str) -> N
 
 def test_a_lost_exporter_is_named(tmp_path: Path) -> None:
     """
-    W16: the exporter does not answer: the message names phase, member, version and time; the
+    The exporter does not answer: the message names phase, member, version and time; the
     old version is served, and another exporter is there for the next update.
     """
 
@@ -495,7 +495,7 @@ def test_a_lost_exporter_is_named(tmp_path: Path) -> None:
 
 
 def test_a_second_update_is_refused(tmp_path: Path) -> None:
-    """W17: an update during an update is refused at once, and disturbs nothing."""
+    """An update during an update is refused at once, and disturbs nothing."""
 
     async def case() -> None:
         async with pool_of(tmp_path) as case:
@@ -601,6 +601,35 @@ def test_a_worker_that_dies_over_and_over_is_given_up(tmp_path: Path) -> None:
             await case.pool._seats["worker-0"].member.kill(1)
             await eventually(lambda: case.pool.state().unrecoverable, "the pool gives up")
             with pytest.raises(PoolUnrecoverable, match="died 3 times"):
+                await case.pool.call("look")
+
+    run(case())
+
+
+def test_an_update_that_is_torn_off_leaves_nobody_serving(tmp_path: Path) -> None:
+    """An error in the pool's own code, in the middle of an update: nothing serves by chance."""
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=2) as case:
+            make = case.pool._make_execution
+
+            def breaking(*arguments, **named):
+                execution = make(*arguments, **named)
+                follow = execution.on_step
+
+                def break_at_commit(step):
+                    follow(step)
+                    if step is not None and step.phase == "commit":
+                        raise ZeroDivisionError
+
+                execution.on_step = break_at_commit
+                return execution
+
+            case.pool._make_execution = breaking
+            with pytest.raises(ZeroDivisionError):
+                await case.pool.update(2)
+            assert set() == await case.check_contract()
+            with pytest.raises(PoolUnrecoverable, match="ended in the middle"):
                 await case.pool.call("look")
 
     run(case())

@@ -167,7 +167,7 @@ def test_transports_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mine is get_transport("mine")
     assert mine is get_transport(mine)
     assert ObjectTransport() == get_transport("hpcresume.serving.transport:ObjectTransport")
-    with pytest.raises(ConfigError, match="Known: mine, object"):
+    with pytest.raises(ConfigError, match="Known: mine, object, torch"):
         get_transport("theirs")
     with pytest.raises(ConfigError, match="No module named 'not_there'"):
         get_transport("not_there:Transport")
