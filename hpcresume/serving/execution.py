@@ -26,7 +26,7 @@ from hpcresume.serving.update import EXPORTER, Answer, How, Step, Update
 log = logging.getLogger(__name__)
 
 _FORWARD = frozenset({Phase.PAUSE, Phase.RELEASE, Phase.PREPARE, Phase.BUILD, Phase.TRANSFER})
-_LEAST_S = 1.0
+_LEAST_S = 5.0
 _sessions = itertools.count(1)
 
 

@@ -117,7 +117,7 @@ class UpdatePolicy:
         commit = 2 * self.commit_s * tries + self.transfer_s
         clean_up = 2 * self.finalize_s + self.restore_s + self.resume_s
         steps = 11 + 3 * tries
-        return forward + commit + clean_up + steps * self.fence_s + 1
+        return forward + commit + clean_up + steps * self.fence_s + 5
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from hpcresume.serving.policy import UpdateReport
 ValueT = TypeVar("ValueT")
 QUICK = UpdatePolicy(
     **{
-        f"{phase}_s": 5.0
+        f"{phase}_s": 60.0
         for phase in ("pause", "release", "prepare", "build", "transfer", "commit", "finalize",
                       "restore", "resume", "fence")
     }
@@ -247,7 +247,7 @@ class PoolCase:
             if seat.member is None or seat.member.died.done():
                 continue
             with contextlib.suppress(Exception):
-                async with asyncio.timeout(3):
+                async with asyncio.timeout(20):
                     version, (values, thinks) = await seat.member.call("request", "look", (), {})
                     assert {version} == values, (version, values, thinks)
                     found.add(version)
@@ -293,7 +293,7 @@ async def pool_of(
         await pool.close()
 
 
-async def eventually(condition: Any, what: str, timeout_s: float = 20) -> None:
+async def eventually(condition: Any, what: str, timeout_s: float = 60) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + timeout_s
     while not condition():
