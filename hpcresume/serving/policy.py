@@ -66,7 +66,8 @@ class UpdatePolicy:
         replacements: How often a place is filled again without having served in between.
         pause: ``drain`` waits for requests in flight; ``abort`` has them answered at once.
         overlap: Push before the pause, so that it spans the commit alone; workers then hold
-            two states while they serve, and cannot be ``in_place``.
+            two states while they serve, and cannot be ``in_place``.  None: where the
+            worker's class has no ``release`` of its own, which makes room for the second.
     """
 
     pause_s: float = 60
@@ -87,7 +88,7 @@ class UpdatePolicy:
     replace_dead: bool = True
     replacements: int = 3
     pause: PauseMode = "drain"
-    overlap: bool = False
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from hpcresume.errors import ConfigError, PoolUnrecoverable, describe
@@ -304,6 +304,12 @@ class ServingPool:
                     f"only {len(self._running())} workers run after {self.policy.start_s:g} s"
                 )
 
+    @property
+    def _overlaps(self) -> bool:
+        if self.policy.overlap is not None:
+            return self.policy.overlap
+        return not self._kind.in_place and self._kind.release is StatefulWorker.release
+
     def _running(self) -> dict[str, Seat]:
         wanted = (WorkerState.SERVING, WorkerState.STALE)
         return {n: s for n, s in self._seats.items() if s.state in wanted and not s.is_dead}
@@ -314,7 +320,7 @@ class ServingPool:
             {name: seat.state for name, seat in seats.items()},
             old=self.version,
             new=version,
-            policy=self.policy,
+            policy=replace(self.policy, overlap=self._overlaps),
             in_place=self._kind.in_place,
             has_exporter=exporter is not None,
             has_old=self._payload is not None,

@@ -14,15 +14,20 @@ from hpcresume.serving import StateExporter, StatefulWorker
 
 
 class Model(StatefulWorker):
-    """Dies of the push of version 2; every answer is counted in ``calls``."""
+    """Dies of the push of version 2, or cannot commit it; counts its answers in ``calls``."""
 
-    def __init__(self, calls):
-        self.calls = calls
+    def __init__(self, calls, dies):
+        self.calls, self.dies = calls, dies
 
     def stage(self, version, parts):
-        if version == 2:
+        if version == 2 and self.dies:
             os._exit(9)
         super().stage(version, parts)
+
+    def commit(self, version):
+        if version == 2:
+            raise OSError("half of it is swapped")
+        super().commit(version)
 
     def process(self, i):
         fd = os.open(self.calls, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -53,8 +58,9 @@ class Serve(hr.ServingStage):
         return await self.serve(i)
 
 
-def pipeline(n: int = 60, fatal: int = 30, always: bool = False, place: str = "."):
-    stage = Serve(Model, 2, exporter=Trainer, worker_args=((f"{place}/calls",), {}),
+def pipeline(n: int = 60, fatal: int = 30, always: bool = False, dies: bool = True,
+             place: str = "."):
+    stage = Serve(Model, 2, exporter=Trainer, worker_args=((f"{place}/calls", dies), {}),
                   max_concurrency=1)
     stage.fatal, stage.always, stage.flag = fatal, always, f"{place}/flag"
     return hr.Pipeline(name="serve", sources=hr.indexed(n), stages=[stage])

@@ -29,6 +29,7 @@ from hpcresume.serving.transport import ObjectTransport
 from tests.support.serving import (
     QUICK,
     BoomError,
+    Faulty,
     InPlace,
     eventually,
     pool_of,
@@ -566,6 +567,25 @@ def test_overlap_serves_while_it_pushes(tmp_path: Path) -> None:
             assert Outcome.COMMITTED is report.outcome
 
     run(case())
+
+
+def test_workers_without_caches_serve_while_they_receive(tmp_path: Path) -> None:
+    """Unless told otherwise, only a worker with a ``release`` of its own is paused first."""
+
+    class Plain(Faulty):
+        release = StatefulWorker.release
+
+    async def order(kind: type[Faulty], policy: UpdatePolicy) -> bool:
+        async with pool_of(tmp_path, n=1, kind=kind, policy=policy) as case:
+            await case.pool.update(2)
+            assert {2} == await case.check_contract()
+            events = case.faults.events()
+            return events.index("worker.stage") < events.index("worker.pause")
+
+    assert run(order(Plain, QUICK))
+    assert not run(order(Faulty, QUICK))
+    assert not run(order(InPlace, QUICK))
+    assert not run(order(Plain, replace(QUICK, overlap=False)))
 
 
 def test_the_total_limit_ends_an_update(tmp_path: Path) -> None:
