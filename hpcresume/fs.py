@@ -57,17 +57,21 @@ class WriteHandle(Protocol):
         """Close the file; a network file system may report write errors here."""
 
 
-class FileSystem(Protocol):
-    """The calls that everything durable goes through; every method may raise OSError."""
-
-    def create(self, path: str) -> WriteHandle:
-        """Create a file that must not exist, readable by its owner only."""
+class Readable(Protocol):
+    """The calls that reading needs; a file system, or a part of a file."""
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
 
     def size(self, path: str) -> int:
         """Return the size of a file in bytes."""
+
+
+class FileSystem(Readable, Protocol):
+    """The calls that everything durable goes through; every method may raise OSError."""
+
+    def create(self, path: str) -> WriteHandle:
+        """Create a file that must not exist, readable by its owner only."""
 
     def rename(self, source: str, target: str) -> None:
         """Rename a file, replacing ``target``."""
@@ -395,7 +399,7 @@ def _copy_exclusively(fs: FileSystem, source: str, target: str) -> None:
         raise
 
 
-def digest_of(fs: FileSystem, path: str) -> bytes:
+def digest_of(fs: Readable, path: str) -> bytes:
     """Return the SHA-256 of a file's content, read in pieces."""
     digest, offset = hashlib.sha256(), 0
     while piece := fs.read(path, offset, READ_BYTES):
@@ -418,7 +422,7 @@ def list_names(fs: FileSystem, path: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def read_exact(fs: FileSystem, path: str, offset: int, length: int) -> bytes:
+def read_exact(fs: Readable, path: str, offset: int, length: int) -> bytes:
     """Return exactly ``length`` bytes.
 
     Raises:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @click.option("--yes", is_flag=True, help="Remove; without it only say what would be removed.")
 @json_option
 def clean(run: RunDir, everything: bool, yes: bool, as_json: bool) -> None:
-    """Remove temporary files that killed tasks of RUN left behind.
+    """Remove what RUN no longer needs: small segments that packs hold, and temporary files.
 
-    A run that is not running has no use for them.  Results, logs and records stay, unless
-    --all is given.
+    With --yes small segments that are in no pack yet are folded into one first.  Results,
+    logs and records stay, unless --all is given.
 
     \b
     Example:
@@ -40,16 +40,35 @@ def clean(run: RunDir, everything: bool, yes: bool, as_json: bool) -> None:
     """
     _refuse_what_is_in_use(run)
     found = [run.path] if everything else _temporary_files(run.path)
-    size = sum(map(_size_bytes, found))
+    segments = {} if everything else _segments(run, remove=yes)
+    paths = sorted([*found, *segments])
+    size = sum(map(_size_bytes, found)) + sum(segments.values())
     if yes:
         _remove(found)
     if as_json:
-        emit_json({"run": run.path, "removed": yes, "paths": found, "bytes": size})
+        emit_json({"run": run.path, "removed": yes, "paths": paths, "bytes": size})
         return
     what = run.path if everything else human_count(len(found), "temporary file")
+    if segments:
+        what = f"{human_count(len(segments), 'small segment')} and {what}"
     say(f"{'removed' if yes else 'would remove'} {what}, {human_bytes(size)}")
-    if found and not yes:
+    if paths and not yes:
         say("Nothing was removed. To remove it, add --yes", err=True)
+
+
+def _segments(run: RunDir, *, remove: bool) -> dict[str, int]:
+    """Return the segments that packs make superfluous, or would, with their sizes in bytes."""
+    from hpcresume.merge.generation import load_newest
+    from hpcresume.merge.retention import fold_rest, foldable, held, remove_held
+
+    if remove:
+        fold_rest(run)
+    union = load_newest(run)
+    names = held(run, union) if remove else [*held(run, union), *foldable(run, union)]
+    sizes = {name: _size_bytes(run.segment_path(name)) for name in names}
+    if remove:
+        names = remove_held(run)
+    return {run.segment_path(name): sizes[name] for name in names if name in sizes}
 
 
 def _refuse_what_is_in_use(run: RunDir) -> None:

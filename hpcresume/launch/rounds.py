@@ -42,6 +42,7 @@ from hpcresume.merge.plan import (
     whole_plans,
     write_plan,
 )
+from hpcresume.merge.retention import fold_small
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.run.manifest import Manifest
@@ -106,6 +107,7 @@ def settle(run: RunDir, manifest: Manifest, settings: Settings, *, judge: bool =
             union.stopped = why_stopped(run, standing, settings)
         if not union.fresh and (stopped, finished) == (union.stopped, union.finished):
             return standing
+        fold_small(run, union)
         with contextlib.suppress(FileExistsError):
             write_generation(run, union)
             return standing

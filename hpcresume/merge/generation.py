@@ -3,7 +3,8 @@
 A generation is made from the one before it and the segments it has not folded yet, in the
 order (round, task, epoch, sequence, digest).  A source belongs to the first segment that
 completes it, and once a generation says so, no later one says otherwise; the exception is a
-segment whose body was found bad, whose sources a later generation takes back.
+segment whose body was found bad, whose sources a later generation takes back.  Where a
+segment lies, under its own name or in a pack, makes no difference.
 
 Making a generation is idempotent and may be killed anywhere: it is one exclusive publish.
 Two merges at once cannot both write generation ``n``; the second one reads the first's.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,7 +23,7 @@ from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError, RunDirError, SharedStorageError
 from hpcresume.fs import publish, storage_errors
-from hpcresume.ids import Epoch, RoundIndex, TaskIndex
+from hpcresume.merge.packs import Key, Packs, key_of, name_of
 from hpcresume.run.directory import AttemptRef, RunDir, SegmentName
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
@@ -34,22 +35,26 @@ from hpcresume.segment.container import (
 from hpcresume.segment.segment import Failure, Segment, SegmentFooter, Writer, open_segment
 
 KIND = b"GENR"
+STAYS = 1 << 62
 log = logging.getLogger(__name__)
 
 
 class Folded(msgspec.Struct, frozen=True, array_like=True):
-    """A segment that a generation has taken in."""
+    """A segment that a generation has taken in.
+
+    Attributes:
+        writer: Its writer.
+        name: Its name.
+        won: How many sources it won.
+        size_bytes: Its size; 0 where an older version did not tell.
+        pack: Number of the pack that holds it; 0: none.
+    """
 
     writer: Writer
     name: str
     won: int
-
-    def segment_name(self) -> SegmentName:
-        """Return the segment's name in the run directory."""
-        ref = AttemptRef(
-            RoundIndex(self.writer.round), TaskIndex(self.writer.task), Epoch(self.writer.epoch)
-        )
-        return SegmentName(ref, self.name)
+    size_bytes: int = 0
+    pack: int = 0
 
 
 class SourceFailures(msgspec.Struct, frozen=True):
@@ -89,6 +94,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
         ran: Seconds that an attempt worked on a source that is not settled, without finishing.
         pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
         short: Bitmaps of sources by the MiB of memory that were not enough for them.
+        packs: The highest number of a pack whose segments it has taken in.
     """
 
     run_id: str
@@ -104,6 +110,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     ran: dict[int, float] = {}
     pardoned: list[tuple[int, int]] = []
     short: dict[int, bytes] = {}
+    packs: int = 0
 
 
 @dataclass
@@ -120,14 +127,17 @@ class Union:
         pardoned: Array tasks (round, task) that were cancelled before the user submitted again.
         short: Sources by the memory of an array task, in MiB, that was not enough for them;
             each under the most that was tried.
-        fresh: Segments that the generation had not folded.
+        fresh: Segments that the generation had not folded, and packs that it did not know.
         fresh_paths: Their paths.
+        packs: The highest number of a pack that is known.
+        pack_of: For segments in packs, which one.
+        sizes: Sizes of folded segments in bytes, as far as they are known.
         passed_over: Highest number of a damaged generation that was passed over.
     """
 
     number: int = 0
     completed: BitMap = field(default_factory=BitMap)
-    won: dict[tuple[Writer, str], BitMap] = field(default_factory=dict)
+    won: dict[Key, BitMap] = field(default_factory=dict)
     failures: dict[int, SourceFailures] = field(default_factory=dict)
     suspects: list[BitMap] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
@@ -139,6 +149,9 @@ class Union:
     short: dict[int, BitMap] = field(default_factory=dict)
     fresh: int = 0
     fresh_paths: list[str] = field(default_factory=list)
+    packs: int = 0
+    pack_of: dict[Key, int] = field(default_factory=dict)
+    sizes: dict[Key, int] = field(default_factory=dict)
     passed_over: int = 0
 
     def quarantined(self) -> BitMap:
@@ -163,6 +176,8 @@ class Union:
         suspects = [bitmaps.load(data, what=name) for data in footer.suspects]
         won = segment.completed - self.completed
         self.won[key] = won
+        # A segment stays beside the part that holds its rows.
+        self.sizes[key] = segment.container.size_bytes if footer.part is None else STAYS
         self.completed |= won
         for group in suspects:
             self.suspects = bitmaps.refine(self.suspects, group)
@@ -236,14 +251,56 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
         SharedStorageError: The file system refused.
     """
     with storage_errors("read", run.path):
-        union = load_newest(run)
-        for name in unfolded(run, union):
-            fold_named(run, union, name, max_attempts=max_attempts)
-    return union
+        while True:
+            union, packs = load_newest(run), Packs(run)
+            packed = _take_up_packs(run, union, packs)
+            names = unfolded(run, union, packed)
+            for name in names:
+                fold_named(run, union, name, packs=packs, max_attempts=max_attempts)
+            # What was moved into a pack meanwhile is in a newer generation.
+            newest = max(union.number, union.passed_over)
+            if not _are_gone(run, union, names) or run.generation_numbers()[-1:] <= [newest]:
+                return union
+
+
+def _are_gone(run: RunDir, union: Union, names: list[SegmentName]) -> bool:
+    """Tell whether any of these segments was neither taken in nor set aside."""
+    return any(
+        key_of(name) not in union.won and relative_name(run, name) not in union.bad
+        for name in names
+    )
+
+
+def _take_up_packs(run: RunDir, union: Union, packs: Packs) -> list[Key]:
+    """Note what the packs hold that a generation does not know; return their segments."""
+    found: list[Key] = []
+    for number in run.pack_numbers():
+        if number <= union.packs:
+            continue
+        try:
+            keys = packs.open(number).blocks
+        except (CorruptDataError, FileNotFoundError) as error:
+            log.warning("%s", error)
+        except SharedStorageError as error:
+            if error.fields.get("errno") != errno.EIO:
+                raise
+            log.warning("%s", error)
+            break
+        else:
+            union.pack_of.update((key, number) for key in keys if key not in union.pack_of)
+            found += keys
+        union.packs = number
+        union.fresh += 1
+    return found
 
 
 def fold_named(
-    run: RunDir, union: Union, name: SegmentName, *, max_attempts: int
+    run: RunDir,
+    union: Union,
+    name: SegmentName,
+    *,
+    max_attempts: int,
+    packs: Packs | None = None,
 ) -> SegmentFooter | None:
     """Take a published segment into a union and return what it says.
 
@@ -253,19 +310,25 @@ def fold_named(
     Raises:
         SharedStorageError: The file system refused.
     """
-    relative, path = relative_name(run, name), run.segment_path(name)
+    relative, key, packs = relative_name(run, name), key_of(name), packs or Packs(run)
+    pack = union.pack_of.get(key, 0)
     try:
-        segment = open_segment(run.fs, path, run_id=run.run_id)
-        _refuse_misplaced(segment, name)
+        segment = packs.segment(key, pack)
         if relative in union.bad:
             segment.verify()
         union.fold(segment, name.name, max_attempts=max_attempts)
         union.bad.pop(relative, None)
-        union.fresh_paths.append(path)
+        if not pack:
+            union.fresh_paths.append(run.segment_path(name))
         return segment.footer
-    except CorruptDataError as error:
+    except (CorruptDataError, FileNotFoundError) as error:
         log.warning("%s", error)
-        union.bad.setdefault(relative, str(error))
+        if pack:
+            del union.pack_of[key]
+            return fold_named(run, union, name, max_attempts=max_attempts, packs=packs)
+        if isinstance(error, CorruptDataError):
+            union.bad.setdefault(relative, str(error))
+        # Otherwise it was listed, yet is gone: the listing was out of date.
     except SharedStorageError as error:
         # One file that cannot be read must not stop the run; where nothing can be read, the
         # generation or the plan says so.
@@ -273,21 +336,7 @@ def fold_named(
             raise
         log.warning("%s", error)
         union.bad.setdefault(relative, str(error))
-    except FileNotFoundError as error:
-        # Listed, yet gone: the listing was out of date.
-        log.warning("%s", error)
     return None
-
-
-def _refuse_misplaced(segment: Segment, name: SegmentName) -> None:
-    ref, writer = name.attempt, segment.footer.writer
-    if writer != Writer(ref.round, ref.task, ref.epoch):
-        path = segment.container.path
-        raise CorruptDataError(
-            f"{path} was written by {writer}. It was copied or moved here, and a segment is read "
-            "where its writer put it. It is ignored.",
-            path=path,
-        )
 
 
 def read_task_union(run: RunDir, round_: int, task: int, *, max_attempts: int) -> Union:
@@ -302,7 +351,7 @@ def read_task_union(run: RunDir, round_: int, task: int, *, max_attempts: int) -
             try:
                 segment = open_segment(run.fs, run.segment_path(name), run_id=run.run_id)
                 union.fold(segment, name.name, max_attempts=max_attempts)
-            except CorruptDataError as error:
+            except (CorruptDataError, FileNotFoundError) as error:
                 log.warning("%s", error)
     return union
 
@@ -318,22 +367,57 @@ def newest_footer(run: RunDir, ref: AttemptRef) -> SegmentFooter | None:
     return None
 
 
+def find_segment(packs: Packs, key: Key, pack: int) -> Segment:
+    """Open a segment in the pack that a union names, 0 for none, or where else it lies.
+
+    Raises:
+        CorruptDataError: It is whole nowhere.
+        FileNotFoundError: It is nowhere.
+        SharedStorageError: The file system refused.
+    """
+    try:
+        return packs.segment(key, pack)
+    except (CorruptDataError, FileNotFoundError) as error:
+        return find_elsewhere(packs, key, pack, error)
+
+
+def find_elsewhere(packs: Packs, key: Key, pack: int, error: Exception) -> Segment:
+    """Open the other copy of a segment: its own file, or the one in a pack by now.
+
+    Args:
+        packs: The run's packs.
+        key: The segment.
+        pack: The pack in which it was looked for, 0 for none.
+        error: What was wrong there, raised where there is no other copy.
+    """
+    other = 0 if pack else load_newest(packs.run).pack_of.get(key, 0)
+    try:
+        return packs.segment(key, other)
+    except FileNotFoundError:
+        raise error from None
+
+
 def relative_name(run: RunDir, name: SegmentName) -> str:
     """Return a segment's path below the run directory."""
     return run.segment_path(name).removeprefix(run.path).lstrip("/")
 
 
-def unfolded(run: RunDir, union: Union) -> list[SegmentName]:
-    """Return the published segments that a union has not taken in, in winning order."""
-    found: list[tuple[Writer, int, str, SegmentName]] = []
-    for ref in run.all_attempts():
-        writer = Writer(ref.round, ref.task, ref.epoch)
-        found.extend(
-            (writer, name.seq, name.name, name)
-            for name in run.segments(ref)
-            if (writer, name.name) not in union.won
-        )
-    return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:3])]
+def unfolded(run: RunDir, union: Union, packed: Iterable[Key] = ()) -> list[SegmentName]:
+    """Return the segments that a union has not taken in, in winning order.
+
+    Args:
+        run: The run; its published segments are looked for.
+        union: The union.
+        packed: Segments that are in packs.
+    """
+    names = {
+        key_of(name): name
+        for ref in run.all_attempts()
+        for name in run.segments(ref)
+        if key_of(name) not in union.won
+    }
+    names.update((key, name_of(key)) for key in packed if key not in union.won)
+    return [names[key] for key in sorted(names, key=lambda key: (key[0], names[key].seq, key[1]))]
 
 
 def open_generation(run: RunDir, number: int) -> Container[GenerationFooter]:
@@ -381,6 +465,7 @@ def _load(run: RunDir, number: int) -> Union:
         (entry.writer, entry.name): bitmaps.load(container.read_block(i), what=container.path)
         for i, entry in enumerate(footer.folded)
     }
+    keys = {(entry.writer, entry.name): entry for entry in footer.folded}
     try:
         failures = _FAILURES.decode(container.read_block(len(footer.folded)))
     except DECODE_ERRORS as error:
@@ -401,6 +486,9 @@ def _load(run: RunDir, number: int) -> Union:
         ran=dict(footer.ran),
         pardoned=footer.pardoned,
         short={mib: bitmaps.load(data, what=container.path) for mib, data in footer.short.items()},
+        packs=footer.packs,
+        pack_of={key: entry.pack for key, entry in keys.items() if entry.pack},
+        sizes={key: entry.size_bytes for key, entry in keys.items()},
     )
 
 
@@ -424,7 +512,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         number=number,
         completed=bitmaps.dump(union.completed),
         quarantined=bitmaps.dump(union.quarantined()),
-        folded=[Folded(writer, name, len(union.won[writer, name])) for writer, name in keys],
+        folded=[_entry(union, key) for key in keys],
         bad=union.bad,
         suspects=[bitmaps.dump(group) for group in union.open_suspects()],
         stopped=union.stopped,
@@ -433,6 +521,7 @@ def write_generation(run: RunDir, union: Union) -> int:
         ran=union.interrupted(),
         pardoned=union.pardoned,
         short={mib: bitmaps.dump(group) for mib, group in sorted(union.short.items())},
+        packs=union.packs,
     )
 
     def blocks() -> Iterator[bytes]:
@@ -444,6 +533,11 @@ def write_generation(run: RunDir, union: Union) -> int:
     publish(run.fs, run.generation_path(number), parts, label="generation", exclusive=True)
     union.number = number
     return number
+
+
+def _entry(union: Union, key: Key) -> Folded:
+    won, size, pack = union.won[key], union.sizes.get(key, 0), union.pack_of.get(key, 0)
+    return Folded(*key, len(won), size, pack)
 
 
 def _keep_names(run: RunDir, paths: list[str]) -> None:
@@ -467,8 +561,8 @@ def take_back(run: RunDir, union: Union, bad: SegmentName, why: str) -> None:
     Raises:
         RunDirError: The union does not hold the segment.
     """
-    ref = bad.attempt
-    lost = union.won.pop((Writer(ref.round, ref.task, ref.epoch), bad.name), None)
+    lost = union.won.pop(key_of(bad), None)
+    union.pack_of.pop(key_of(bad), None)
     if lost is None:
         raise RunDirError(
             f"{relative_name(run, bad)} is not part of generation {union.number}. "
@@ -478,16 +572,16 @@ def take_back(run: RunDir, union: Union, bad: SegmentName, why: str) -> None:
     union.bad[relative_name(run, bad)] = why
     union.completed -= lost
     union.finished = False
-    for writer, name in list(union.won):
+    packs = Packs(run)
+    for key in list(union.won):
         if not lost:
             break
-        other = Folded(writer, name, 0).segment_name()
         try:
-            segment = open_segment(run.fs, run.segment_path(other), run_id=run.run_id)
+            segment = find_segment(packs, key, union.pack_of.get(key, 0))
         except (CorruptDataError, FileNotFoundError) as error:
             log.warning("%s", error)
             continue
         found = segment.completed & lost
-        union.won[writer, name] |= found
+        union.won[key] |= found
         union.completed |= found
         lost -= found

@@ -19,7 +19,8 @@ from pyroaring import BitMap
 
 from hpcresume.errors import SharedStorageError, UsageError
 from hpcresume.fs import POSIX, TEMPORARY_PREFIX
-from hpcresume.merge.generation import Folded, Union
+from hpcresume.merge.generation import Union, find_segment
+from hpcresume.merge.packs import Packs, name_of
 from hpcresume.results.collect import CollectReport, Progress, report_on, scope_of
 from hpcresume.results.files import link_or_copy
 from hpcresume.results.rows import (
@@ -34,7 +35,7 @@ from hpcresume.results.rows import (
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment.frame import PARQUET
-from hpcresume.segment.segment import Segment, open_segment
+from hpcresume.segment.segment import Segment
 
 _NAME = "part-"
 
@@ -87,16 +88,15 @@ class _Job:
 
     def write(self) -> None:
         """Link or write the part of every segment that has won sources."""
-        withdrawn = self.manifest.withdrawn()
+        withdrawn, packs = self.manifest.withdrawn(), Packs(self.run)
         total, done = len(self.union.completed - withdrawn), 0
-        for (writer, name), all_won in self.union.won.items():
+        for key, all_won in self.union.won.items():
             won = all_won - withdrawn
             if not won:
                 continue
-            found = Folded(writer, name, 0).segment_name()
+            found = name_of(key)
             with BadSegments(self.run, found):
-                path = self.run.segment_path(found)
-                segment = open_segment(self.run.fs, path, run_id=self.run.run_id)
+                segment = find_segment(packs, key, self.union.pack_of.get(key, 0))
                 self._take(segment, found, won)
             done += len(won)
             if self.on_progress is not None:

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import orjson
 
 from hpcresume.errors import UsageError
-from hpcresume.merge.generation import Folded, Union
+from hpcresume.merge.generation import Union, find_segment
+from hpcresume.merge.packs import Packs, name_of
 from hpcresume.results.rows import BadSegments, Span
 from hpcresume.run.directory import RunDir
 from hpcresume.segment.frame import PARQUET
 from hpcresume.segment.parquet_footer import whole
-from hpcresume.segment.segment import open_segment
 from hpcresume.sinks.parquet import read_schema
 
 BATCH_ROWS = 16_384
@@ -152,12 +152,11 @@ def schema_of(run: RunDir, union: Union) -> Any:
     """
     import pyarrow as pa
 
-    footers: set[bytes] = set()
-    for (writer, name), won in union.won.items():
+    footers, packs = set[bytes](), Packs(run)
+    for key, won in union.won.items():
         if won:
-            found = Folded(writer, name, 0).segment_name()
-            with BadSegments(run, found):
-                segment = open_segment(run.fs, run.segment_path(found), run_id=run.run_id)
+            with BadSegments(run, name_of(key)):
+                segment = find_segment(packs, key, union.pack_of.get(key, 0))
                 blobs = (segment.frame(number).blob for number in segment.frame_numbers())
                 blob = next((blob for blob in blobs if blob is not None), None)
             if blob is not None and blob.format == PARQUET:

@@ -24,19 +24,21 @@ from pyroaring import BitMap
 from hpcresume.errors import CorruptDataError, RunDirError
 from hpcresume.ids import ItemPath
 from hpcresume.merge.generation import (
-    Folded,
     Union,
+    find_elsewhere,
+    find_segment,
     read_union,
     relative_name,
     take_back,
     write_generation,
 )
+from hpcresume.merge.packs import Key, Packs, name_of
 from hpcresume.merge.plan import newest_plan
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment.frame import PARQUET, Frame, decode_frame
 from hpcresume.segment.parquet_footer import whole
-from hpcresume.segment.segment import Segment, open_segment
+from hpcresume.segment.segment import Segment
 from hpcresume.sinks.parquet import read_table, table_lines
 
 OPEN_BYTES = 256 << 20
@@ -187,24 +189,36 @@ class Span:
 
 @dataclass
 class _SegmentCursor:
-    """A segment that wins some of the result's sources; ``won`` shrinks as frames claim them."""
+    """A segment that wins some of the result's sources; ``won`` shrinks as frames claim them.
 
-    run: RunDir
-    name: SegmentName
+    It may lie in two places, under its own name and in a pack, and may be moved while it is
+    read: what one place does not give is taken from the other.
+    """
+
+    packs: Packs
+    key: Key
+    pack: int
     won: BitMap
     opened: Segment | None = None
 
+    @property
+    def name(self) -> SegmentName:
+        return name_of(self.key)
+
     def open(self) -> Segment:
         if self.opened is None:
-            with BadSegments(self.run, self.name):
-                path = self.run.segment_path(self.name)
-                self.opened = open_segment(self.run.fs, path, run_id=self.run.run_id)
+            with BadSegments(self.packs.run, self.name):
+                self.opened = find_segment(self.packs, self.key, self.pack)
         return self.opened
 
     def read(self, number: int, kept: BitMap | None) -> LoadedFrame:
         segment = self.open()
-        with BadSegments(self.run, self.name):
+        try:
             frame, parquet = read_frame(segment, number)
+        except (CorruptDataError, FileNotFoundError) as error:
+            with BadSegments(self.packs.run, self.name):
+                segment = self.opened = find_elsewhere(self.packs, self.key, self.pack, error)
+                frame, parquet = read_frame(segment, number)
         if kept is None:
             kept = frame.completed & self.won
             self.won -= kept
@@ -328,10 +342,10 @@ def spans(run: RunDir, union: Union, manifest: Manifest) -> Iterator[Span]:
         BadSegmentError: A segment's body is damaged or lacks a source that it won.
         SharedStorageError: A segment cannot be read.
     """
-    withdrawn = manifest.withdrawn()
+    withdrawn, packs = manifest.withdrawn(), Packs(run)
     segments = [
-        _SegmentCursor(run, Folded(writer, name, 0).segment_name(), won)
-        for (writer, name), all_won in union.won.items()
+        _SegmentCursor(packs, key, union.pack_of.get(key, 0), won)
+        for key, all_won in union.won.items()
         if (won := all_won - withdrawn)
     ]
     yield from _merge(segments)

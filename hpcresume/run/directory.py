@@ -16,6 +16,8 @@
       rounds/0000/tasks/00000/e001/  one attempt: attempt.json, segments and parts, files/,
                                    outcome.json
       merge/gen-000001             what is done, as of one merge
+      merge/pack-000001            many small segments in one file
+      merge/removed                tells that segments which packs hold were removed
       control/0001-stop            stop and resume marks; the highest number counts
       control/ended-000007         the end that generation 7 recorded has been told of
       control/accepted-0001        a fingerprint that replaces run.json's, as the user accepted
@@ -58,7 +60,7 @@ from hpcresume.fs import (
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.segment.container import DECODE_ERRORS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TAG_NAME = "CACHEDIR.TAG"
 TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -68,6 +70,7 @@ _PROBE_PREFIX = ".probe-"
 _ATTEMPT = re.compile(r"e(\d+)")
 _SEGMENT = re.compile(r"seg-(\d+)-[0-9a-f]{16}")
 _GENERATION = re.compile(r"gen-(\d+)")
+_PACK = re.compile(r"pack-(\d+)")
 _PART = re.compile(r"part-(\d+)")
 _MARK = re.compile(r"(\d+)-(stop|resume)")
 _NUMBER = re.compile(r"(\d+)")
@@ -266,11 +269,13 @@ class RunDir:
                 path=path,
             ) from error
         try:
-            version = msgspec.json.decode(data, type=dict[str, Any]).get("format", 0)
+            said = msgspec.json.decode(data, type=dict[str, Any])
+            version = said.get("format", 0)
             if isinstance(version, int) and version > FORMAT_VERSION:
                 raise RunDirError(
                     f"{path} has format {version}; this hpcresume reads up to {FORMAT_VERSION}. "
-                    "A newer version made it. Install that version to go on.",
+                    f"hpcresume {said.get('version', 'of a newer version')} made it. "
+                    "Install that version or a newer one to go on.",
                     path=path,
                 )
             return cls(path, msgspec.json.decode(data, type=RunInfo), fs)
@@ -311,7 +316,36 @@ class RunDir:
 
     def generation_numbers(self) -> list[int]:
         """Return the numbers of the generations."""
-        return _numbers(_GENERATION, list_names(self.fs, self.join("merge")))
+        numbers = _numbers(_GENERATION, list_names(self.fs, self.join("merge")))
+        # A listing may be out of date; a name that is looked up is less so.
+        while self._exists(self.generation_path(newest := numbers[-1] + 1 if numbers else 1)):
+            numbers.append(newest)
+        return numbers
+
+    def pack_path(self, number: int) -> str:
+        """Return the path of a pack of small segments."""
+        return self.join("merge", f"pack-{number:06d}")
+
+    def pack_numbers(self) -> list[int]:
+        """Return the numbers of the packs."""
+        return _numbers(_PACK, list_names(self.fs, self.join("merge")))
+
+    def note_removals(self) -> None:
+        """Record that segments which packs hold are removed from now on.
+
+        Packs and generations that are seen now are durable afterwards.
+
+        Raises:
+            SharedStorageError: The file system refused.
+        """
+        _publish_new(self.fs, self.join("merge", "removed"), b"see the packs\n")
+        # A merge that was killed has left names that no sync has followed.
+        with storage_errors("sync", self.join("merge")):
+            self.fs.sync_directory(self.join("merge"))
+
+    def has_removals(self) -> bool:
+        """Tell whether segments may have been removed that packs hold."""
+        return self._exists(self.join("merge", "removed"))
 
     def round_path(self, number: int, *names: str) -> str:
         """Return a path of a round."""

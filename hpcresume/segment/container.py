@@ -26,10 +26,10 @@ import google_crc32c
 import msgspec
 
 from hpcresume.errors import CorruptDataError, RunDirError
-from hpcresume.fs import READ_BYTES, FileSystem, read_exact, reading
+from hpcresume.fs import READ_BYTES, Readable, read_exact, reading
 
 MAGIC = b"HPCRESUM"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER = struct.Struct("<8s4sI")
 _TRAILER = struct.Struct("<32sQ8s")
 _TAIL_BYTES = 1 << 16
@@ -58,7 +58,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
 class Container(Generic[FooterT]):
     """An opened container: its footer is verified, its blocks are not read yet."""
 
-    fs: FileSystem
+    fs: Readable
     path: str
     kind: bytes
     footer: FooterT
@@ -121,7 +121,7 @@ def encode_container(
 
 
 def open_container(
-    fs: FileSystem, path: str, kind: bytes, footer_type: type[FooterT]
+    fs: Readable, path: str, kind: bytes, footer_type: type[FooterT]
 ) -> Container[FooterT]:
     """Read and verify a container's footer.
 
@@ -139,7 +139,7 @@ def open_container(
     return _decode(fs, path, kind, footer_type, data=data, size=size)
 
 
-def _read_ends(fs: FileSystem, path: str) -> tuple[bytes, bytes, int]:
+def _read_ends(fs: Readable, path: str) -> tuple[bytes, bytes, int]:
     """Return a file's header, its footer, which passed its digest, and its size."""
     size = fs.size(path)
     if size < _HEADER.size + _TRAILER.size:
@@ -172,7 +172,7 @@ def _check_header(path: str, header: bytes, kind: bytes) -> int:
     return int(version)
 
 
-def _refuse_newer(fs: FileSystem, path: str, version: int, data: bytes) -> None:
+def _refuse_newer(fs: Readable, path: str, version: int, data: bytes) -> None:
     with contextlib.suppress(*DECODE_ERRORS):
         envelope = msgspec.msgpack.decode(data, type=_Envelope)
         # The body's digest covers the header: one flipped bit is damage, not the future.
@@ -187,7 +187,7 @@ def _refuse_newer(fs: FileSystem, path: str, version: int, data: bytes) -> None:
 
 
 def _decode(
-    fs: FileSystem,
+    fs: Readable,
     path: str,
     kind: bytes,
     footer_type: type[FooterT],

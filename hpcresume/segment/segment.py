@@ -19,7 +19,7 @@ import msgspec
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError, RunDirError
-from hpcresume.fs import FileSystem, digest_of, read_exact, reading
+from hpcresume.fs import Readable, digest_of, read_exact, reading
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import (
     DECODE_ERRORS,
@@ -334,7 +334,7 @@ def encode_segment(
     return encode_container(KIND, blocks(), footer)
 
 
-def open_segment(fs: FileSystem, path: str, *, run_id: str) -> Segment:
+def open_segment(fs: Readable, path: str, *, run_id: str) -> Segment:
     """Open a segment of a run and verify its footer.
 
     Raises:

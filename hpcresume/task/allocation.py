@@ -101,17 +101,33 @@ def read_end_time(allocation: Allocation, environ: Mapping[str, str]) -> float |
 
     Slurm is asked first, since limits can be changed while the job runs.
     """
-    end = _ask_end_time(allocation.element)
-    if end is None and environ.get("SLURM_JOB_END_TIME"):
-        end = float(environ["SLURM_JOB_END_TIME"])
-    return None if end is None else time.monotonic() + (end - time.time())
+    left_s = _ask_time_left(allocation.element)
+    if left_s is None and environ.get("SLURM_JOB_END_TIME"):
+        left_s = float(environ["SLURM_JOB_END_TIME"]) - time.time()
+    return None if left_s is None else time.monotonic() + left_s
 
 
-def _ask_end_time(element: str | None) -> float | None:
+def _ask_time_left(element: str | None) -> float | None:
     if element is None:
         return None
     try:
         jobs = slurm.show_job(element)
     except HpcResumeError:
         return None
-    return next((job.end_time for job in jobs if job.end_time is not None), None)
+    return next((left_s for job in jobs if (left_s := _time_left(job)) is not None), None)
+
+
+def _time_left(job: slurm.JobInfo) -> float | None:
+    """Return the seconds that a job has left, by Slurm's durations: a clock may jump.
+
+    A grace period ends before the limit, and a job that was suspended ends after its end less
+    the time that it ran, so the shorter of the two counts.
+    """
+    if job.end_time is None:
+        return None
+    if job.start_time is None or job.run_time_s is None:
+        return job.end_time - time.time()
+    least_s = job.end_time - job.start_time
+    if job.time_limit_s is not None:
+        least_s = min(least_s, job.time_limit_s)
+    return least_s - job.run_time_s

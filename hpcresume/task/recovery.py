@@ -74,8 +74,10 @@ def _publish_ledger(run: RunDir, ledger: Ledger, directory: str) -> int:
             parts_root=os.path.join(directory, "parts"),
             death=Death(),
         )
+        # What was released has numbers, too, and nothing of it is pending.
+        is_all = receipt.last in {after, ledger.last_sequence()}
         seq, after, sources = seq + 1, receipt.last, sources + receipt.sources
-        if after >= ledger.last_sequence():
+        if is_all:
             return sources
 
 

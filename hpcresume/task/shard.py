@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hpcresume.merge.generation import read_task_union
+from hpcresume.merge.generation import load_newest, read_task_union
 from hpcresume.merge.plan import Plan
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.segment import bitmap as bitmaps
@@ -44,6 +44,9 @@ def left_of_shard(
     left -= type(left)(exhausted & set(union.attempts()))
     # More of the same does not help these: the next round gives them more.
     left -= bitmaps.union(group for mib, group in union.short.items() if mib >= memory_mib)
+    # Looked at last: who removes segments says so before the first of them is gone.
+    if left and run.has_removals():
+        left -= load_newest(run).settled()
     if not left:
         return None
     suspects = [bitmaps.load(group, what="suspects") for group in shard.suspects]

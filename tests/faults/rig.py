@@ -357,11 +357,15 @@ def _held_shm() -> set[str]:
 
 @contextlib.contextmanager
 def make_rig(desk: Path, *, run: Path | None = None, **values: Any) -> Iterator[Rig]:
-    """Yield a rig with a node-local directory of its own, ended and removed afterwards."""
+    """Yield a rig with a node-local directory of its own, removed afterwards.
+
+    Whatever the row: at its end every attempt has left, and nothing of one remains.
+    """
     local = Path(tempfile.mkdtemp(prefix="hrf", dir="/tmp"))
     rig = Rig(desk, run or desk / "run", local, **values)
     try:
         yield rig
+        rig.check_nothing_remains()
     finally:
         if rig.shared is not None:
             with contextlib.suppress(AssertionError, OSError):

@@ -64,7 +64,7 @@ def applied(mutant: Mutant) -> Iterator[None]:
     changed.__file__ = module.__file__
     code = compile(mutated_source(mutant), str(module.__file__), "exec", dont_inherit=True)
     exec(code, changed.__dict__)
-    functions, mistaken = _functions(module), _functions(changed)
+    functions, mistaken = functions_of(module), functions_of(changed)
     kept = {name: function.__code__ for name, function in functions.items()}
     differs = [n for n, f in functions.items() if not _same(f.__code__, mistaken[n].__code__)]
     assert differs, f"mutant {mutant.name!r} changes no function"
@@ -92,7 +92,7 @@ def _same(one: types.CodeType, other: types.CodeType) -> bool:
     )
 
 
-def _functions(module: types.ModuleType) -> dict[str, types.FunctionType]:
+def functions_of(module: types.ModuleType) -> dict[str, types.FunctionType]:
     """Return the functions and methods that a module defines, by their dotted names."""
     found: dict[str, types.FunctionType] = {}
 
@@ -118,6 +118,11 @@ _PUBLISHING, _ACCOUNTING = "hpcresume.ledger.publishing", "hpcresume.ledger.acco
 _PUBLISHER, _RECOVERY = "hpcresume.task.publisher", "hpcresume.task.recovery"
 _DIRECTORY, _CONTAINER = "hpcresume.run.directory", "hpcresume.segment.container"
 _GENERATION, _PLAN = "hpcresume.merge.generation", "hpcresume.merge.plan"
+_PACKS, _RETENTION, _ROWS = (
+    "hpcresume.merge.packs",
+    "hpcresume.merge.retention",
+    "hpcresume.results.rows",
+)
 _ROUNDS, _DRIVE, _SHARD = (
     "hpcresume.launch.rounds",
     "hpcresume.launch.drive",
@@ -168,13 +173,13 @@ MERGE = [
     Mutant("no digest of the footer", _CONTAINER,
            "    if hashlib.sha256(data).digest() != digest:\n", "    if False:\n", seeds=6000),
     Mutant("merge forgets the generation before", _GENERATION,
-           "        union = load_newest(run)\n        for name in unfolded",
-           "        union = Union(number=load_newest(run).number)\n        for name in unfolded"),
+           "            union, packs = load_newest(run), Packs(run)\n",
+           "            union, packs = Union(number=load_newest(run).number), Packs(run)\n"),
     Mutant("a source has several winners", _GENERATION,
            "won = segment.completed - self.completed", "won = segment.completed.copy()"),
     Mutant("the last writer wins", _GENERATION,
-           "sorted(found, key=lambda entry: entry[:3])",
-           "sorted(found, key=lambda entry: entry[:3], reverse=True)"),
+           "for key in sorted(names, key=lambda key: (key[0], names[key].seq, key[1]))",
+           "for key in sorted(names, key=lambda key: key[0], reverse=True)"),
     Mutant("a charge counts twice", _GENERATION,
            "if known is not None and charge in known.charged:", "if False:"),
     Mutant("one try more than allowed", _GENERATION,
@@ -214,4 +219,19 @@ ROUND = [
     Mutant("an attempt forgets the rounds before", _SHARD,
            "attempts = dict(shard.attempts)", "attempts = dict[int, int]()"),
 ]  # fmt: skip
-MUTANTS = [*PUBLISH, *LEDGER, *MERGE, *ROUND]
+RETENTION = [
+    Mutant("removes without reading the pack back", _RETENTION,
+           "        packs.segment(key, number).verify()\n", "        pass\n", seeds=6000),
+    Mutant("attempts do not ask what was removed", _SHARD,
+           "    if left and run.has_removals():\n", "    if False:\n", seeds=6000),
+    Mutant("removes what no pack holds", _RETENTION,
+           "        if key_of(name) in union.pack_of\n", "        if key_of(name) in union.won\n"),
+    Mutant("folds without verifying the body", _RETENTION,
+           "        segment.verify()\n", "", seeds=6000),
+    Mutant("a pack's segments are shifted by one", _PACKS,
+           "{key: block for block, key in enumerate(footer.segments)}",
+           "{key: max(0, block - 1) for block, key in enumerate(footer.segments)}"),
+    Mutant("a merge overlooks packs that no generation knows", _GENERATION,
+           "        if number <= union.packs:\n", "        if True:\n", seeds=6000),
+]  # fmt: skip
+MUTANTS = [*PUBLISH, *LEDGER, *MERGE, *ROUND, *RETENTION]

@@ -17,16 +17,17 @@ import os
 import re
 import struct
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyroaring import BitMap
 
 from hpcresume.errors import CorruptDataError
 from hpcresume.merge.generation import Union, _load
+from hpcresume.merge.packs import Packs
 from hpcresume.merge.plan import open_plan
 from hpcresume.run.directory import AttemptRef, RunDir
-from hpcresume.segment.segment import Writer, open_segment
+from hpcresume.segment.segment import Segment, Writer, open_segment
 from hpcresume.task.messages import Work
 from tests.simulation.world import RUN, Process, ViolationError, World
 from tests.support.places import RUN_ID, row, run_info
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _SEGMENT = re.compile(RUN + r"/rounds/(\d+)/tasks/(\d+)/e(\d+)/(seg-(\d+)-[0-9a-f]{16})")
 _GENERATION = re.compile(RUN + r"/merge/gen-(\d+)")
+_PACK = re.compile(RUN + r"/merge/pack-(\d+)")
 _PLAN = re.compile(RUN + r"/rounds/(\d+)/plan")
 Charge = tuple[int, int]
 """A source, and the number of the try that failed."""
@@ -100,6 +102,9 @@ class Oracle:
         self._seen: dict[tuple[Writer, str], BitMap] = {}
         self._relied_on = 0
         self.plans: list[str] = []
+        self.packs: list[str] = []
+        self._rotted_at: dict[str, int] = {}
+        self._removed = False
 
     def fail(self, text: str) -> None:
         """Say what does not hold.
@@ -124,7 +129,9 @@ class Oracle:
         if op == "rename" and known is not None:
             self.fail(f"I6: {process.name} renames over {path}")
         if op == "unlink" and known is not None and known[1] is not process:
-            self.fail(f"I6: {process.name} removes {path}")
+            if not (match := _SEGMENT.fullmatch(path)) or process.name != "clean":
+                self.fail(f"I6: {process.name} removes {path}")
+            self._see_removal(path, match, process)
 
     def after(self, op: str, path: str, process: Process) -> None:
         """A name has appeared or is gone."""
@@ -135,6 +142,8 @@ class Oracle:
             self.segments.pop(path, None)
             return
         self._names[path] = (self._server.find(path), process)
+        if _PACK.fullmatch(path):
+            self.packs.append(path)
         if op == "create":
             return  # written in place, on a file system without links; readers check it
         if match := _SEGMENT.fullmatch(path):
@@ -143,16 +152,15 @@ class Oracle:
             self._see_generation(int(match[1]))
         elif match := _PLAN.fullmatch(path):
             self._see_plan(int(match[1]))
+        elif match := _PACK.fullmatch(path):
+            self._see_pack(int(match[1]))
 
     def _see_segment(self, path: str, match: re.Match[str]) -> None:
         writer = Writer(int(match[1]), int(match[2]), int(match[3]))
         try:
             segment = open_segment(self._client, path, run_id=RUN_ID)
             segment.container.verify()
-            for number in segment.frame_numbers():
-                for source, found in segment.frame(number).sources():
-                    if found != rows_of(source):
-                        self.fail(f"I2: source {source} has other rows in {path}")
+            self._check_rows(segment)
             charges = {(f.source, f.attempt): f.retry for f in segment.failures()}
         except CorruptDataError as error:
             self.fail(f"I2: a segment was given its name before it was whole: {error}")
@@ -165,6 +173,45 @@ class Oracle:
         self.segments[path] = SegmentSeen(
             writer, int(match[5]), match[4], segment.completed, charges, node, len(node.volatile)
         )
+
+    def _check_rows(self, segment: Segment) -> None:
+        for number in segment.frame_numbers():
+            for source, found in segment.frame(number).sources():
+                if found != rows_of(source):
+                    self.fail(f"I2: source {source} has other rows in {segment.container.path}")
+
+    def _see_pack(self, number: int) -> None:
+        try:
+            pack = Packs(self._run).open(number)
+            for key in pack.blocks:
+                pack.segment(key).verify()
+                self._check_rows(pack.segment(key))
+        except CorruptDataError as error:
+            self.fail(f"I2: a pack was given its name with a segment that is not whole: {error}")
+
+    def _see_removal(self, path: str, match: re.Match[str], process: Process) -> None:
+        """The own name of a segment is about to be removed; some pack has to hold it."""
+        self._removed = True
+        key = Writer(int(match[1]), int(match[2]), int(match[3])), match[4]
+        for pack in self.packs:
+            if self._holds(pack, key):
+                node = self._server.file(pack)
+                if (seen := self.segments.get(path)) is not None:
+                    size = len(node.volatile)
+                    self.segments[f"{pack}#{path}"] = replace(seen, node=node, size=size)
+                return
+        # What went bad after it had been read back could not be known.
+        if not any(self._rotted_at.get(pack, -1) >= process.born for pack in self.packs):
+            self.fail(f"I1: {process.name} removes {path}, which no pack holds for good")
+        self.rotten.add(path)
+
+    def _holds(self, path: str, key: tuple[Writer, str]) -> bool:
+        number = int(path.rpartition("-")[2])
+        try:
+            Packs(self._run).open(number).segment(key).verify()
+        except (CorruptDataError, FileNotFoundError):
+            return False
+        return self._server.is_durable(path)
 
     def available(self, writer: Writer) -> BitMap:
         """Return the sources that a writer's visible, whole segments complete."""
@@ -201,7 +248,9 @@ class Oracle:
         if stopped and self.is_stopped:
             self.fail(f"I5: task {element.round}/{element.task} starts in spite of a stop mark")
         again = BitMap.deserialize(work.sources) & done
-        if again - BitMap().union(*(s.completed for s in self._rotten_segments)):
+        # What was removed is told by the newest generation alone.
+        excused = self._removed and self.rotten_generations
+        if again - BitMap().union(*(s.completed for s in self._rotten_segments)) and not excused:
             self.fail(f"L2: {list(again)} had a receipt, and their task works on them again")
 
     def allocated(self, ref: AttemptRef, process: Process, array: str) -> None:
@@ -320,7 +369,8 @@ class Oracle:
                 found = None
             if found is not node:
                 del self._names[path]
-                self.segments.pop(path, None)
+                for place in self._places(path):
+                    del self.segments[place]
                 if match := _GENERATION.fullmatch(path):
                     self.generations.pop(int(match[1]), None)
                     self._forgotten = True
@@ -335,11 +385,17 @@ class Oracle:
     def rotted(self, path: str) -> None:
         """A byte of a file has changed."""
         self.rotten.add(path)
-        if (segment := self.segments.pop(path, None)) is not None:
-            self._rotten_segments.append(segment)
+        self._rotted_at[path] = self._world.moments
+        for place in self._places(path):
+            self._rotten_segments.append(self.segments.pop(place))
+            self.rotten.add(place.rpartition("#")[2])
         if match := _GENERATION.fullmatch(path):
             self.rotten_generations = True
             self.generations.pop(int(match[1]), None)
+
+    def _places(self, path: str) -> list[str]:
+        """Return the segments that lie in a file: itself, or what is left of them in a pack."""
+        return [place for place in self.segments if place.partition("#")[0] == path]
 
     # -- generations ----------------------------------------------------------------------------
 
@@ -449,15 +505,18 @@ class Oracle:
 
     # -- what a merge is told, and the end ------------------------------------------------------
 
-    def promised(self) -> BitMap:
-        """Return the sources that some whole writer had a receipt for."""
-        return BitMap().union(
-            *(sources for writer, sources in self._promised.items() if not self._is_rotten(writer))
-        )
+    def promised(self) -> dict[Writer, BitMap]:
+        """Return the sources that whole writers had receipts for."""
+        return {
+            writer: sources.copy()
+            for writer, sources in self._promised.items()
+            if not self._is_rotten(writer)
+        }
 
-    def read(self, union: Union, promised: BitMap) -> None:
-        """A reader that sees everything has read the union."""
-        lost = (promised & self.promised()) - union.completed
+    def read(self, union: Union, promised: dict[Writer, BitMap]) -> None:
+        """A reader that sees everything has read the union; ``promised``: before it began."""
+        whole = (s for writer, s in promised.items() if not self._is_rotten(writer))
+        lost = BitMap().union(*whole) - union.completed
         if lost:
             self.fail(f"I1: {list(lost)} had a receipt, and a merge does not find them")
 

@@ -7,7 +7,9 @@ a while the faults stop, and the run has to come to its end.
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from hpcresume.config import load_settings
 from hpcresume.launch.drive import merge_step
 from hpcresume.launch.rounds import reopen
 from hpcresume.launch.submit import submit_to_slurm
+from hpcresume.merge import retention
 from hpcresume.merge.generation import Union, load_newest
 from hpcresume.merge.plan import Launch
 from hpcresume.results.rows import BadSegmentError, spans, take_back_segment, union_of
@@ -31,13 +34,15 @@ from tests.support.simfs import SimFileSystem, SimServer
 
 EVENTS = (
     "kill", "freeze", "thaw", "zombie", "preempt", "crash", "restart", "rot", "merge", "collect",
-    "cancel", "submit", "scancel", "stale", "blind", "lost reply", "another array",
+    "cancel", "submit", "scancel", "stale", "blind", "lost reply", "another array", "clean",
 )  # fmt: skip
 THEMES = (
     ("zombie", "stale"), ("zombie", "kill", "freeze", "thaw"),
     ("restart",), ("restart", "merge"), ("crash",),
     ("rot", "collect", "merge"), ("another array", "lost reply", "merge"), ("cancel", "submit"),
     ("scancel", "merge", "submit"), ("preempt", "stale", "merge"),
+    ("clean", "merge"), ("clean", "merge", "collect"), ("clean", "merge", "preempt", "zombie"),
+    ("clean", "merge", "rot", "collect"), ("clean", "merge", "restart", "stale"),
 )  # fmt: skip
 """What shows more together than among everything else."""
 MAX_SUBMITS = 40
@@ -85,6 +90,7 @@ class Simulation:
         world.fates = chance.sample(("error", "kill", "freeze"), chance.randrange(1, 4))
         world.server.hard_links = chance.random() < 0.8
         self.mean_calls = chance.choice((2, 8, 40, 400))
+        self.folds = chance.choice((1, 1, 3))
         wanted = list(chance.choice(THEMES))
         if chance.random() < 0.5:
             wanted = chance.sample(EVENTS, chance.choice((0, 1, 2, 4, 8, len(EVENTS))))
@@ -161,6 +167,16 @@ class Simulation:
                 take_back_segment(run, error)
                 continue
             return union, rows
+
+    def start_clean(self) -> Process:
+        """Somebody removes what packs hold."""
+
+        def body(process: Process) -> None:
+            run = RunDir.open(RUN, process.client)
+            retention.fold_rest(run, at_least=1)
+            retention.remove_held(run)
+
+        return self.world.start("clean", body, self.chance.choice(self.world.nodes))
 
     def start_cancel(self) -> Process:
         """Somebody cancels the run."""
@@ -273,8 +289,11 @@ class Simulation:
         self.oracle.restarted()
 
     def _event_rot(self) -> None:
-        paths = [*sorted(self.oracle.segments)]
-        if self.chance.random() < 0.2:
+        paths = sorted({path.partition("#")[0] for path in self.oracle.segments})
+        paths += self.oracle.packs
+        if self.oracle.packs and self.chance.random() < 0.3:
+            paths = self.oracle.packs
+        elif self.chance.random() < 0.2:
             paths += [f"{RUN}/merge/gen-{number:06d}" for number in self.oracle.generations]
             paths += self.oracle.plans
         if paths:
@@ -288,6 +307,9 @@ class Simulation:
 
     def _event_merge(self) -> None:
         self.start_merge()
+
+    def _event_clean(self) -> None:
+        self.start_clean()
 
     def _event_collect(self) -> None:
         self.start_collect()
@@ -341,9 +363,29 @@ class Simulation:
                 union, rows = self._final_collect()
                 if union.finished:
                     self.oracle.finished(union, rows, self._poison())
+                    self._retire(rows)
                     return
             self.start_submit()
         raise ViolationError(f"L1: not finished after {MAX_SUBMITS} submissions: {self.kinds}")
+
+    def _retire(self, rows: dict[int, bytes]) -> None:
+        """Somebody cleans the finished run; then its newest generation may be damaged."""
+        if self.chance.random() < 0.6:
+            return
+        self._to_its_end(self.start_clean())
+        if self.chance.random() < 0.5:
+            path = f"{RUN}/merge/gen-{load_newest(self._sight).number:06d}"
+            size = len(self.world.server.file(path).volatile)
+            self.world.server.rot(path, self.chance.randrange(size))
+        _, again = self._final_collect()
+        if again != rows and not self.oracle.rotten:
+            self.oracle.fail(f"I2: {len(rows)} sources in the result, and after cleaning not these")
+
+    def _to_its_end(self, process: Process) -> None:
+        while process.alive:
+            self.world.run(process, 1 << 60)
+        if process.error is not None:
+            raise ViolationError(f"{process.name} failed without a fault: {process.error}")
 
     def _poison(self) -> set[int]:
         return {s for s, kind in self.kinds.items() if kind in {"poison", "hopeless", "killer"}}
@@ -364,10 +406,7 @@ class Simulation:
 
     def _final_collect(self) -> tuple[Union, dict[int, bytes]]:
         process = self.start_collect()
-        while process.alive:
-            self.world.run(process, 1 << 60)
-        if process.error is not None:
-            raise ViolationError(f"collect failed without a fault: {process.error}")
+        self._to_its_end(process)
         return process.result  # type: ignore[no-any-return]
 
     def execute(self, steps: int) -> None:
@@ -376,7 +415,7 @@ class Simulation:
         Raises:
             ViolationError: An invariant does not hold.
         """
-        with self.world.installed(), self.cluster.installed(resolved()):
+        with self.world.installed(), self.cluster.installed(resolved()), folding(self.folds):
             self.prepare()
             for _ in range(steps):
                 self.step()
@@ -404,6 +443,17 @@ def ready(run: RunDir, array: int) -> Any:
         resolved=resolved(),
         launch=Launch("slurm", array),
     )
+
+
+@contextlib.contextmanager
+def folding(at_least: int) -> Iterator[None]:
+    """Let merges fold segments into packs from so few on, and little at once."""
+    kept = retention.FOLD_AT_LEAST, retention.FOLD_BYTES
+    retention.FOLD_AT_LEAST, retention.FOLD_BYTES = at_least, 2000
+    try:
+        yield
+    finally:
+        retention.FOLD_AT_LEAST, retention.FOLD_BYTES = kept
 
 
 @cache

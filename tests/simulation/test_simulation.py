@@ -21,6 +21,7 @@ from tests.simulation.__main__ import past_seeds
 from tests.simulation.simulation import (
     EVENTS,
     Simulation,
+    folding,
     ready,
     resolved,
     simulate,
@@ -81,6 +82,7 @@ class Machine(RuleBasedStateMachine):
         self._links = links
         self._stack.enter_context(sim.world.installed())
         self._stack.enter_context(sim.cluster.installed(resolved()))
+        self._stack.enter_context(folding(sim.folds))
         sim.prepare()
 
     def _pick(self, which: int) -> Process | None:

@@ -86,6 +86,7 @@ class Process:
         self.world, self.name, self.node = world, name, node
         self.client = Client(self)
         self.left = self.calls = self.faults = 0
+        self.born = world.moments
         self.was_stale = node.stale
         self.fault_in = world.next_fault()
         self.frozen = self.killed = self.ended = False
@@ -287,6 +288,7 @@ class World:
         chance: Where every choice comes from.
         fault_rate: How often a call goes wrong.
         fates: What may then happen to it.
+        moments: How often a process was let go on.
         trace: What happened, for a person who replays a seed.
     """
 
@@ -303,6 +305,7 @@ class World:
         self.trace: list[str] | None = [] if tracing else None
         self.oracle: Oracle
         self.current: Process | None = None
+        self.moments = 0
 
     def note(self, text: str) -> None:
         """Keep a line of the trace."""
@@ -325,6 +328,7 @@ class World:
     def run(self, process: Process, calls: int) -> None:
         """Let a process go on."""
         self.note(f"run {process.name} for {calls}")
+        self.moments += 1
         self.current = process
         process.run(calls)
         self.current = None

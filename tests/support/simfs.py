@@ -129,6 +129,13 @@ class SimServer:
             node.durable[name] = node.names[name]
             node = node.names[name]
 
+    def is_durable(self, path: str) -> bool:
+        """Tell whether a file would be there, and whole, after a restart."""
+        node: _File | _Directory | None = self.root
+        for name in filter(None, path.split("/")):
+            node = node.durable.get(name) if isinstance(node, _Directory) else None
+        return isinstance(node, _File) and node.durable == bytes(node.volatile)
+
     def rot(self, path: str, offset: int, mask: int = 1) -> None:
         """Flip bits of one byte, in memory and on disk."""
         node = self.file(path)

@@ -383,6 +383,32 @@ def test_clean_all_removes_the_run(tmp_path, hpcresume):
     assert (True, False) == (kept, os.path.exists(made.path))
 
 
+def test_clean_folds_small_segments_and_removes_them(tmp_path, hpcresume):
+    """Without --yes it says how many; with it they are in a pack, and the rows are the same."""
+    made = make_run(tmp_path, sources=5)
+    ref = made.attempt()
+    for source in range(5):
+        made.publish(ref, [[source]], seq=source + 1)
+    made.end(ref)
+    made.finish()
+    names = made.run.segments(ref)
+    size = sum(os.path.getsize(made.run.segment_path(name)) for name in names[:-1])
+    hpcresume("collect", made.path, "-o", tmp_path / "before.jsonl")
+
+    dry = hpcresume("clean", made.path, "--json")
+    wet = hpcresume("clean", made.path, "--yes", "--json")
+    hpcresume("collect", made.path, "-o", tmp_path / "after.jsonl")
+
+    paths = [made.run.segment_path(name) for name in names[:-1]]
+    said = [(json.loads(d.stdout)["paths"], json.loads(d.stdout)["bytes"]) for d in (dry, wet)]
+    assert [(paths, size)] * 2 == said
+    assert (names[-1:], [1]) == (made.run.segments(ref), made.run.pack_numbers())
+    assert 5 == len((tmp_path / "after.jsonl").read_bytes().splitlines())
+    assert (tmp_path / "before.jsonl").read_bytes() == (tmp_path / "after.jsonl").read_bytes()
+    again = hpcresume("clean", made.path)
+    assert "would remove 0 temporary files, 0 bytes\n" == again.stdout
+
+
 def test_clean_refuses_a_directory_without_the_tag(tmp_path, hpcresume):
     """A directory that hpcresume did not tag is not touched."""
     made, garbage = ended_run(tmp_path)
