@@ -236,6 +236,10 @@ def normalised(text: str, directory: Path) -> str:
     text = re.sub(r"[0-9.]+( ?s\b|/s\b)", r"N\1", text)
     text = re.sub(r"0x[0-9a-f]{6,}", "0xN", text)
     text = text.replace(os.uname().nodename, "NODE")
+    # On a slow machine a run says how far it is.
+    text = re.sub(r"(?m)^[\d,]+ done, .* left, .*\n", "", text)
+    # Which of our own lines a traceback goes through is no part of a message.
+    text = re.sub(r"(?ms)^    \.\.\. \d+ lines before.*?(?=^\d+ source)", "    ...\n", text)
     # The marks below a line of a traceback differ between versions of Python.
     text = re.sub(r"(?m)^ +[~^]+\n", "", text)
     return re.sub(r"(?m)[ \t]+$", "", text)

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from hpcresume.cli import COMMANDS
+from tests import session
+from tests.support.cluster import cluster
+from tests.support.local import Desk
 from tests.support.places import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -115,6 +118,96 @@ def test_evaluation(tmp_path: Path) -> None:
     told = section.partition("A row has ")[2].partition(", and the dataset's")[0]
     keys = re.findall(r"`(\w+)`", told.replace("(`ok`, `error` or `timeout`)", ""))
     assert {*keys, "topic"} == set(row)
+
+
+def test_what_is_told_and_reported_at_the_end(tmp_path: Path) -> None:
+    """The command of --on-end has the status on its stdin, and the report is a page."""
+    (tmp_path / "sentences.py").write_text(blocks("python", section="A first pipeline")[0])
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("One is small.")
+    (commands,) = blocks("sh", section="Commands")
+    commands = f"export HPCRESUME_TASK__ENGINE=inline PATH=$PATH:/bin\n{commands}"
+    ended = shell(commands.replace("--on-end", "--cluster local --on-end"), tmp_path)
+
+    assert 0 == ended.returncode, ended.stderr
+    assert "complete" == json.loads((tmp_path / "ended.json").read_text())["state"]
+    assert "<!doctype html>" in (tmp_path / "sentences.html").read_text()
+
+
+def test_the_python_functions_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Submit, wait, collect and failures, as they stand, on this machine with two tasks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPCRESUME_TASK__LOCAL_DIR", str(tmp_path))
+    monkeypatch.setenv("HPCRESUME_TASK__ENGINE", "inline")
+    (tmp_path / "pipeline.py").write_text(
+        "import hpcresume as hr\n"
+        "pipeline = hr.Pipeline(name='p', sources=['3', '2', 'x'], stages=[int])\n"
+    )
+    (block,) = blocks("python", section="Commands")
+    exec(block.replace("array=64", "array=2, cluster='local'"), {})
+
+    assert "x ValueError invalid literal for int() with base 10: 'x'\n" == capsys.readouterr().out
+    assert (tmp_path / "results.parquet").exists()
+
+
+PORTED = {
+    "filtered.py": '{"text": "' + "word " * 50 + '"}\n{"text": "too short"}\n',
+    "counted.py": '{"text": "three words here"}\n',
+    "sweep.py": "",
+}
+
+
+@pytest.mark.parametrize("name", PORTED)
+def test_what_other_tools_scripts_become(tmp_path: Path, name: str) -> None:
+    """Each second block of a pair runs, and gives what the first one would."""
+    found = blocks("python", section="Coming from another tool")
+    (block,) = [one for one in found if f"hpcresume submit {name}" in one.splitlines()[0]]
+    desk = Desk.make(tmp_path)
+    (tmp_path / name).write_text(block)
+    desk.write("data/docs.jsonl", PORTED[name])
+    few = ("-P", "n=3") if name == "sweep.py" else ()
+    ended = desk.submit(name, "--run-dir", "run", *few)
+
+    assert 0 == ended.code, ended
+    rows = [json.loads(line) for line in desk.rows("run").splitlines()]
+    assert {
+        "filtered.py": [{"text": "word " * 50}],
+        "counted.py": [{"text": "three words here", "words": 3}],
+        "sweep.py": [{"seed": i, "energy": (i * 7919) % 101} for i in range(3)],
+    }[name] == rows
+
+
+def test_the_terminal_session_is_the_one_that_was_played() -> None:
+    """The block between the marks tells of all that happened, and the picture shows it."""
+    played = README.partition(session.BEGIN)[2].partition(session.END)[0].splitlines()[1:-1]
+
+    typed = [line.split()[1:3] for line in played if line.startswith("$ ")]
+    assert [
+        ["hpcresume", "submit"],
+        ["hpcresume", "status"],
+        ["hpcresume", "testbed"],
+        ["hpcresume", "testbed"],
+        ["hpcresume", "status"],
+        ["hpcresume", "collect"],
+        ["wc", "-l"],
+    ] == typed
+    assert session.picture(played) == session.PICTURE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_the_terminal_session_plays_again() -> None:
+    """A preempted task and a lost node later the run is complete, as the README shows."""
+    with cluster(nodes=4, cpus_per_node=1) as own:
+        lines = session.play(own).lines
+    played = README.partition(session.BEGIN)[2].partition(session.END)[0]
+
+    def commands(text: list[str]) -> list[str]:
+        return [re.sub(r"\d+", "N", line) for line in text if line.startswith("$ ")]
+
+    assert commands(played.splitlines()) == commands(lines)
 
 
 def test_python_blocks_compile() -> None:
