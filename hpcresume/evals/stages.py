@@ -19,7 +19,7 @@ from hpcresume.evals.settings import EvalSettings
 from hpcresume.pipeline.context import Context, Worker
 from hpcresume.pipeline.stage import Stage
 
-_KILL_AFTER_S = 30.0
+_KILL_AFTER_S = 10.0
 _ENCODE_ASIDE = 1 << 16
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0

@@ -227,6 +227,73 @@ def test_an_older_error_stays_until_the_retry_is_recorded(desk: EvalDesk) -> Non
     assert [failed] == [row for row in desk.result() if row["id"] == "b"]
 
 
+def test_scoring_is_a_second_pass(desk: EvalDesk) -> None:
+    """
+    A kill while scoring repeats no call of the workflow, and no score that was there; other
+    scorers score the stored outputs alone; one that fails for an item leaves all others' be.
+    """
+    desk.dataset([*items(30, score_ms=200), {"id": "u", "question": "u", "do": "unscorable"}])
+    process = desk.start("--scorer", "flow.py:exact", "--max-concurrency", 2, "--steps", "LLM_END")
+    try:
+        wait_until(
+            lambda: len(desk.calls("scored")) >= 6,
+            timeout_s=120,
+            describe=lambda: f"{desk.calls('scored')}, ended: {process.poll()}",
+        )
+    finally:
+        kill_family(process.pid)
+        process.communicate()
+    called, before = desk.calls(), desk.calls("scored")
+    assert 31 == len(desk.result())
+
+    ended_with(0, desk.resume(), "31 ok", "exact")
+
+    again = desk.calls("scored")
+    assert called == desk.calls()
+    assert (31, True) == (len(again), sum(again.values()) <= 31 + len(before))
+    scores = desk.json("scores.json")
+    assert (30 / 31, 31) == (scores["scores"]["exact"]["mean"], scores["rows"]["scored"])
+
+    ended = desk.desk.call("eval", "--rescore", "out", "--scorer", "flow.py:parts",
+                           "--local-dir", desk.desk.local)  # fmt: skip
+    ended_with(1, ended, "parts.length", "scorer parts failed for 1 item")
+    assert called == desk.calls()
+    scores = desk.json("scores.json")
+    assert {"parts.length", "parts.steps"} == set(scores["scores"])
+    assert [1.0, 30] == [scores["scores"]["parts.steps"][key] for key in ("mean", "items")]
+    failed = next(row for row in scores["items"] if row["id"] == "u")
+    assert "cannot be scored" in failed["errors"]["parts"]
+
+
+FATAL = """if do == "die":
+        os._exit(3)
+    if do == "block":
+        time.sleep(3600)
+    if do == "hang":"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("do", "status", "error"),
+    [
+        ("die", "error", "death: "),
+        pytest.param("block", "timeout", "timeout: ", marks=pytest.mark.slow),
+    ],
+)
+def test_code_that_takes_its_worker_along(desk: EvalDesk, do: str, status: str, error: str) -> None:
+    """
+    With --engine ray an item whose code kills its worker, or blocks the event loop for ever,
+    has a row that says so, and all other items have theirs.
+    """
+    flow = desk.path / "flow.py"
+    flow.write_text(flow.read_text().replace('if do == "hang":', FATAL))
+    desk.dataset([{"id": "d", "question": "?", "do": do}, *items(6)])
+    ended_with(1, desk.evaluate("--engine", "ray", "--item-timeout", 2), "6 ok")
+    dead = desk.by_id()["d"]
+    assert (status, True) == (dead["status"], dead["error"].startswith(error)), dead
+    assert desk.result()[0] == dead
+
+
 def test_a_dataset_that_changes(desk: EvalDesk) -> None:
     """
     E10: a reordered file runs nothing, a grown one its new items, a changed item is owed again;
