@@ -34,7 +34,7 @@ PYTEST_STEPS = {
     "property": ["tests/property"],
     "simulation": ["tests/simulation"],
     "site": ["tests/site"],
-    "integration": ["tests/integration"],
+    "integration": ["tests/integration", "tests/bench"],
     "e2e": ["tests/e2e", *TWO_AT_ONCE],
     "faults": ["tests/faults", *TWO_AT_ONCE],
     "slurm": ["tests/e2e", "-m", "slurm", *TWO_AT_ONCE],

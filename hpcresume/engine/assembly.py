@@ -6,6 +6,7 @@ to: they may be in other calls, and must not mix with those of the next try.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from array import array
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.pace import Pace
-from hpcresume.ids import ItemPath
+from hpcresume.ids import ROOT, ItemPath
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
 from hpcresume.sinks.packing import Packed, Packer
 
@@ -61,6 +62,10 @@ class Assembly:
     def admit(self, inputs: Inputs) -> None:
         """Begin a try of sources; nothing of the try before it stays."""
         entry = (self._clock(), inputs.total_weight() / max(1, len(inputs)))
+        if not inputs.attempts and self._accounting.admit_all(inputs.sources):
+            self._admitted.update(dict.fromkeys(inputs.sources, entry))
+            self._ids.update(zip(inputs.sources, inputs.source_ids(), strict=True))
+            return
         for slot, source in enumerate(inputs.sources):
             self._admitted[source] = entry
             self._drop(source)
@@ -100,6 +105,11 @@ class Assembly:
         Returns:
             The items for the next group.
         """
+        if result.column is not None:
+            onward = self._take_column(inputs, *result.column, is_last=has_rows)
+            if onward is not None:
+                return onward
+            result = _by_slot(result, is_last=has_rows)
         failed = {failure.slot for failure in result.failures}
         self.fail(inputs, sorted(failed))
         onward = Inputs(array("I"), ids=[], paths=[], items=[])
@@ -117,6 +127,30 @@ class Assembly:
         if self._ended:
             self._note_pace()
         return onward
+
+    def _take_column(
+        self, inputs: Inputs, path: ItemPath, values: list[bytes], *, is_last: bool
+    ) -> Inputs | None:
+        """Record a call that made one item of each of its own; None where that is not all."""
+        sources = inputs.sources
+        items = {ROOT} if inputs.paths is None else set(inputs.paths)
+        if len(items) != 1 or inputs.attempts or not self._failed.isdisjoint(sources):
+            return None
+        item = items.pop()
+        if not self._accounting.advance_all(sources, item, None if is_last else path):
+            return None
+        if not is_last:
+            ids = list(map(self._ids.__getitem__, sources))
+            return Inputs(sources, ids=ids, paths=[path] * len(sources), items=values)
+        self._rows.update(zip(sources, ([(path, row)] for row in values), strict=True))
+        self._done.update(zip(sources, map(self._ids.pop, sources), strict=True))
+        self._ended += map(self._admitted.pop, sources)
+        self._done_bytes += sum(map(len, values))
+        self.completed += len(sources)
+        if self._done_bytes >= self._packer.frame_bytes or len(self._done) >= self._max_sources:
+            self.flush()
+        self._note_pace()
+        return Inputs(array("I"), ids=[], paths=[], items=[])
 
     def _note_pace(self) -> None:
         ended, self._ended, now = self._ended, [], self._clock()
@@ -181,6 +215,16 @@ class Assembly:
         self.completed += 1
         if self._done_bytes >= self._packer.frame_bytes or len(self._done) >= self._max_sources:
             self.flush()
+
+
+def _by_slot(result: ChunkResult, *, is_last: bool) -> ChunkResult:
+    """Return a result with its column as rows or items of each slot."""
+    assert result.column is not None
+    path, values = result.column
+    made = {slot: [(path, value)] for slot, value in enumerate(values)}
+    if is_last:
+        return dataclasses.replace(result, column=None, rows=made)
+    return dataclasses.replace(result, column=None, emitted=made)
 
 
 def _append(onward: Inputs, inputs: Inputs, slot: int, *, path: ItemPath, item: bytes) -> None:

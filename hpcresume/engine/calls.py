@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,9 @@ class Inputs:
     def select(self, slots: Sequence[int]) -> Inputs:
         """Return the items in some slots, in the order given."""
 
+        if isinstance(slots, range) and slots.step == 1 and not self.attempts:
+            return self._slice(slots.start, slots.stop)
+
         def column(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[slot] for slot in slots]
 
@@ -59,6 +62,21 @@ class Inputs:
             column(self.paths),
             column(self.items),
             # Who needs the weight of one source asks for one source.
+            None if self.weight is None else self.weight * len(sources) / len(self),
+        )
+
+    def _slice(self, start: int, stop: int) -> Inputs:
+        def column(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else values[start:stop]
+
+        sources = self.sources[start:stop]
+        return Inputs(
+            sources,
+            column(self.records),
+            column(self.ids),
+            {},
+            column(self.paths),
+            column(self.items),
             None if self.weight is None else self.weight * len(sources) / len(self),
         )
 
@@ -103,6 +121,14 @@ class Inputs:
         if self.records is not None:
             return self.records[slot][0]
         return str(self.sources[slot])
+
+    def source_ids(self) -> Iterable[str]:
+        """Return the id of every item's source, by slot."""
+        if self.ids is not None:
+            return self.ids
+        if self.records is not None:
+            return [source_id for source_id, _ in self.records]
+        return map(str, self.sources)
 
     def path(self, slot: int) -> ItemPath:
         """Return an item's path."""
@@ -159,6 +185,8 @@ class ChunkResult:
         completed: Number of sources in the frame.
         rows: Encoded rows of every slot that succeeded; only for the last of several groups.
         emitted: Items made from every slot, pickled; only where another group follows.
+        column: In place of ``rows`` or ``emitted`` where every slot made one item and all have
+            one path: that path, and rows or pickled items by slot.
         files: Files of ``ctx.output`` by slot: item path and name.
     """
 
@@ -173,4 +201,5 @@ class ChunkResult:
     completed: int = 0
     rows: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
     emitted: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
+    column: tuple[ItemPath, list[bytes]] | None = None
     files: dict[int, list[tuple[ItemPath, str]]] = field(default_factory=dict)

@@ -624,6 +624,8 @@ class _Call:
         result.files = {slot: self.files[slot] for slot in good if slot in self.files}
         if self.chain.is_first and self.chain.is_last:
             self._build_frame(result, good, table)
+        elif (column := self._column()) is not None:
+            result.column = column
         elif self.chain.is_last:
             result.rows = {slot: _travelling(self.made[slot]) for slot in good}
         else:
@@ -668,6 +670,18 @@ class _Call:
             self.counts[-1].failed += 1
             self._fail(slot, self.stages[-1].name, self.made[slot][0][0], error)
         return fit.table
+
+    def _column(self) -> tuple[ItemPath, list[bytes]] | None:
+        """Return what all slots made where that is one item each, all of one path."""
+        if self.failures or self.files or not all(len(made) == 1 for made in self.made):
+            return None
+        paths = {made[0][0] for made in self.made}
+        if len(paths) != 1:
+            return None
+        values = [made[0][1] for made in self.made]
+        if self.chain.is_last:
+            values = [row if isinstance(row, bytes) else _pickled(row) for row in values]
+        return paths.pop(), values
 
     def _build_frame(self, result: ChunkResult, good: list[int], table: Any) -> None:
         if not good:

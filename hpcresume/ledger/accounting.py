@@ -6,12 +6,18 @@ failed.  A counter that reaches zero proves nothing: a drop that overtakes its p
 fan-out takes it to zero with work outstanding.  Sets do not care about the order of
 deliveries, repeated deliveries change nothing, and a lost one leaves the source open.
 
+Most sources go through a pipeline one item at a time.  Of these the sets are one chain, the
+same for all sources of a call, and whole calls are recorded at once; whatever does not fit the
+chain turns it into sets first.
+
 A retry has a higher attempt number and replaces everything the try before it emitted.
 Acknowledgements of an older try, or of a source that is complete, are ignored.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -70,20 +76,67 @@ class Accounting:
 
     def __init__(self) -> None:
         self._pending: dict[int, _Pending] = {}
+        # First tries whose every item made one: what was emitted, the last not yet consumed.
+        self._chains: dict[int, tuple[ItemPath, ...]] = {}
         self._completed, self._forgotten = BitMap(), BitMap()
         self.anomalies: list[tuple[Ack, str]] = []
 
     def __len__(self) -> int:
         """Return the number of pending sources."""
-        return len(self._pending)
+        return len(self._pending) + len(self._chains)
 
     def __contains__(self, source: int) -> bool:
         """Tell whether a source is pending."""
-        return source in self._pending
+        return source in self._pending or source in self._chains
 
     def attempt(self, source: int) -> int:
         """Return the number of a pending source's current try."""
-        return self._pending[source].attempt
+        return 1 if source in self._chains else self._pending[source].attempt
+
+    def admit_all(self, sources: Sequence[int]) -> bool:
+        """Record the roots of first tries at once; False, and nothing recorded, unless all fit."""
+        known = BitMap(sources)
+        is_new = known.isdisjoint(self._completed) and known.isdisjoint(self._forgotten)
+        if not is_new or any(
+            not seen.keys().isdisjoint(sources) for seen in (self._pending, self._chains) if seen
+        ):
+            return False
+        self._chains.update(dict.fromkeys(sources, (ROOT,)))
+        return True
+
+    def advance_all(self, sources: Sequence[int], item: ItemPath, emitted: ItemPath | None) -> bool:
+        """Record that one item of each source was consumed and made one, or is the end of it.
+
+        Args:
+            sources: Each at most once.
+            item: The item of each.
+            emitted: What each made; None: nothing, which completes the source.
+
+        Returns:
+            Whether it was recorded: False where any source is not one chain that ends in
+            ``item``, so that each has to be acknowledged by itself.
+        """
+        chains = set(map(self._chains.get, sources))
+        chain = chains.pop() if len(chains) == 1 else None
+        if chain is None or chain[-1] != item or len(set(sources)) < len(sources):
+            return False
+        if emitted is None:
+            for source in sources:
+                del self._chains[source]
+            self._completed.update(sources)
+            return True
+        if not _descends(emitted, item):
+            return False
+        self._chains.update(dict.fromkeys(sources, (*chain, emitted)))
+        return True
+
+    def _unchain(self, source: int) -> None:
+        """Turn a source's chain into sets."""
+        chain = self._chains.pop(source, None)
+        if chain is not None:
+            pending = _Pending(1, root_seen=True, emitted=set(chain))
+            pending.consumed.update((item, (made,)) for item, made in itertools.pairwise(chain))
+            self._pending[source] = pending
 
     def admit(self, source: int, attempt: int) -> Verdict:
         """Record that a source's root was emitted; a higher attempt replaces the try before.
@@ -125,11 +178,13 @@ class Accounting:
     def forget(self, source: int) -> None:
         """Drop a source that is not tried again, unless it is admitted anew."""
         self._pending.pop(source, None)
+        self._chains.pop(source, None)
         self._forgotten.add(source)
 
     def _entry(self, source: int, attempt: int) -> _Pending | None:
         if source in self._completed or source in self._forgotten:
             return None
+        self._unchain(source)
         pending = self._pending.get(source)
         if pending is None or attempt > pending.attempt:
             pending = self._pending[source] = _Pending(attempt)

@@ -152,3 +152,45 @@ def test_sources_do_not_affect_each_other(all_trees: list[Tree], data: st.DataOb
             verdict = accounting.acknowledge(Ack(number, 1, event.item, event.emitted))
         assert expected == (verdict is Verdict.COMPLETE)
     assert 0 == len(accounting)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whole_calls_count_as_their_items(data: st.DataObject) -> None:
+    """
+    Calls of several sources, recorded at once where that is possible, mixed with single
+    deliveries, repetitions, failures and second tries, give the verdicts of single deliveries.
+    """
+    bulk, single = Accounting(), Accounting()
+    sources = range(6)
+    for _ in range(data.draw(st.integers(1, 15))):
+        group = data.draw(st.lists(st.sampled_from(sources), min_size=1, max_size=4))
+        item = ItemPath((0,) * data.draw(st.integers(0, 2)))
+        kind = data.draw(st.sampled_from(["admit", "advance", "end", "fan", "fail", "again"]))
+        one_by_one(single, kind, group, item)
+        if not at_once(bulk, kind, group, item):
+            one_by_one(bulk, kind, group, item)
+        assert [s in single for s in sources] == [s in bulk for s in sources]
+        assert len(single) == len(bulk)
+    assert single._completed == bulk._completed
+    pending = [source for source in sources if source in single]
+    assert [single.attempt(s) for s in pending] == [bulk.attempt(s) for s in pending]
+
+
+def one_by_one(accounting: Accounting, kind: str, group: list[int], item: ItemPath) -> None:
+    """Deliver for each source of a call by itself."""
+    emitted = {"fan": (child(item, 0), child(item, 1)), "advance": (child(item, 0),)}.get(kind, ())
+    for source in group:
+        if kind in ("admit", "again"):
+            accounting.admit(source, 2 if kind == "again" else 1)
+        else:
+            accounting.acknowledge(Ack(source, 1, item, emitted, failed=kind == "fail"))
+
+
+def at_once(accounting: Accounting, kind: str, group: list[int], item: ItemPath) -> bool:
+    """Deliver for a call, where its kind and its sources allow it."""
+    if kind == "admit":
+        return len(set(group)) == len(group) and accounting.admit_all(group)
+    if kind in ("advance", "end"):
+        return accounting.advance_all(group, item, child(item, 0) if kind == "advance" else None)
+    return False

@@ -554,7 +554,7 @@ def test_item_that_cannot_travel_fails_its_source(case: ChainCase) -> None:
 def test_closures_travel_between_groups(case: ChainCase) -> None:
     """What plain pickle refuses travels by value."""
     first = case.make([lambda x: lambda: x, one], count=1)
-    made = call(first, records([7])).emitted
+    path, (made,) = call(first, records([7])).column
     last = case.make([one, lambda f: f()], first=1)
     inputs = items([])
     inputs.sources.append(0)
@@ -562,9 +562,9 @@ def test_closures_travel_between_groups(case: ChainCase) -> None:
     assert inputs.paths is not None
     assert inputs.items is not None
     inputs.ids.append("s0")
-    inputs.paths.append(made[0][0][0])
-    inputs.items.append(made[0][0][1])
-    assert {0: [((0, 0), b"7")]} == call(last, inputs).rows
+    inputs.paths.append(path)
+    inputs.items.append(made)
+    assert ((0, 0), [b"7"]) == call(last, inputs).column
 
 
 def test_later_group_keeps_paths(case: ChainCase) -> None:
