@@ -68,8 +68,10 @@ def test_a_pool_that_never_recovers_ends_the_run(tmp_path: Path) -> None:
     the run is stopped with the pool's reason.
     """
     write_serve(tmp_path)
-    options = ("-P", f"place={tmp_path}", "-P", "always=true", "-P", "fatal=0", "-P", "n=5")
-    command = submit(tmp_path, "serve.py", *options, rc=None)
+    params = {"place": tmp_path, "always": "true", "fatal": 0, "n": 5, "dies": "false"}
+    options = [word for key, value in params.items() for word in ("-P", f"{key}={value}")]
+    # The verdict is the merge step's; whether workers or threads make up the pool is one to it.
+    command = submit(tmp_path, "serve.py", "--engine", "inline", *options, rc=1)
 
     status = command.status(tmp_path / "run")
     assert "stopped" == status["state"], logs_of(tmp_path / "run")
