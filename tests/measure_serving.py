@@ -83,7 +83,11 @@ def measure_updates(
                 total = time.perf_counter() - begun
                 made = report.phases_s["prepare"]
                 found.append(
-                    (total - made, report.gap_s - (0 if overlap else made), report.phases_s)
+                    (
+                        total - made,
+                        report.gap_s - (made if overlap is False else 0),
+                        report.phases_s,
+                    )
                 )
             return found
 
