@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hpcresume.api import Run, status, submit
     from hpcresume.errors import HpcResumeError
     from hpcresume.launch.trial import trial
+    from hpcresume.pipeline.chunk import Chunk
+    from hpcresume.pipeline.chunk_sources import chunks
     from hpcresume.pipeline.context import Context, Worker
     from hpcresume.pipeline.pipeline import Parts, Pipeline, Rows
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Chunk",
     "Context",
     "Failed",
     "HpcResumeError",
@@ -37,6 +40,7 @@ __all__ = [
     "Worker",
     "WorkerBroken",
     "__version__",
+    "chunks",
     "files",
     "indexed",
     "lines",
@@ -48,6 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Chunk": "hpcresume.pipeline.chunk",
     "Context": "hpcresume.pipeline.context",
     "Failed": "hpcresume.pipeline.sentinels",
     "HpcResumeError": "hpcresume.errors",
@@ -61,6 +66,7 @@ _HOMES = {
     "Stage": "hpcresume.pipeline.stage",
     "Worker": "hpcresume.pipeline.context",
     "WorkerBroken": "hpcresume.pipeline.sentinels",
+    "chunks": "hpcresume.pipeline.chunk_sources",
     "files": "hpcresume.pipeline.sources",
     "indexed": "hpcresume.pipeline.sources",
     "lines": "hpcresume.pipeline.sources",

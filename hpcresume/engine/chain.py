@@ -104,6 +104,7 @@ class ChainPlace:
         parts: Node-local directory for blobs of ``hr.Parts``.
         on_error: Called with every exception of the user's code that fails a source, while
             its frames are there to be looked at.
+        restarts: Directory of the run's restart points; None: there are none.
     """
 
     run_id: str
@@ -114,6 +115,7 @@ class ChainPlace:
     mark: Mark | None = None
     parts: str = ""
     on_error: Callable[[BaseException], None] | None = None
+    restarts: Path | None = None
 
 
 class Chain:
@@ -261,7 +263,7 @@ class _Call:
         if inputs.items is not None:
             return pickle.loads(inputs.items[slot])
         if inputs.records is not None:
-            return decode_payload(inputs.records[slot][1])
+            return decode_payload(inputs.records[slot][1], restarts=self.place.restarts)
         sources = self.chain.pipeline.sources
         assert isinstance(sources, Indexed)
         return sources.payload(inputs.sources[slot])

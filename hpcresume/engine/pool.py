@@ -133,10 +133,11 @@ class InlinePool:
         parts: str = "",
         seconds_left: Callable[[], float | None],
         on_error: Callable[[BaseException], None] | None = None,
+        restarts: Path | None = None,
     ) -> None:
         self.oom_deaths = 0
-        self._on_error = on_error
         self._parts = parts
+        self._on_error, self._restarts = on_error, restarts
         self._pipeline, self._groups, self._run_id = pipeline, groups, run_id
         self._scratch, self._outputs, self._seconds_left = scratch, outputs, seconds_left
         self._chains: dict[WorkerRef, Chain] = {}
@@ -165,6 +166,7 @@ class InlinePool:
             ),
             seconds_left=self._seconds_left,
             on_error=self._on_error,
+            restarts=self._restarts,
         )
         chain = Chain(self._pipeline, first=group.first, stages=group.stages, place=place)
         try:

@@ -39,6 +39,7 @@ class WorkerSetup:
         parts: Node-local directory for blobs of ``hr.Parts``.
         mark: Path of the worker's mark; next to it, ``.fault`` holds its last words.
         local: Node-local directory of the attempt, where its deadline stands.
+        restarts: Directory of the run's restart points; None: there are none.
     """
 
     code: str
@@ -53,6 +54,7 @@ class WorkerSetup:
     parts: str
     mark: str
     local: str
+    restarts: str | None = None
 
 
 class StageWorker:
@@ -95,6 +97,7 @@ class StageWorker:
             ),
             seconds_left=self._seconds_left,
             mark=Mark(setup.mark),
+            restarts=None if setup.restarts is None else Path(setup.restarts),
         )
         stages = pipeline.stages[setup.first : setup.first + setup.count]
         return Chain(pipeline, first=setup.first, stages=stages, place=place)

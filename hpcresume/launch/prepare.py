@@ -36,7 +36,8 @@ from hpcresume.pipeline.load import (
 )
 from hpcresume.pipeline.params import parameter_digest
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.pipeline.sources import Indexed, encode_payload
+from hpcresume.pipeline.restarts import SPACING_MIN, RestartStore
+from hpcresume.pipeline.sources import Indexed, SourceList, encode_payload
 from hpcresume.run.directory import (
     FORMAT_VERSION,
     RunDir,
@@ -195,10 +196,10 @@ def _make_directory(path: Path, *, mode: int) -> None:
 
 
 def _fill(run: RunDir, loaded: LoadedPipeline) -> Prepared:
-    code = _take_code(run, loaded, [])
-    _list_first(run, loaded.pipeline)
+    code, notes = _take_code(run, loaded, []), list[str]()
+    _list_first(run, loaded.pipeline, notes)
     manifest = Manifest.open(run)
-    return Prepared(run, loaded, manifest, code, manifest.total)
+    return Prepared(run, loaded, manifest, code, manifest.total, notes)
 
 
 def _version() -> str:
@@ -224,7 +225,7 @@ def _resubmit(path: Path, loaded: LoadedPipeline, *, accept_changes: bool) -> Pr
     notes += [f"accepted: {change}" for change in changes]
     manifest = Manifest.open(run)
     try:
-        added = _list_again(run, manifest, loaded.pipeline, accept_changes=accept_changes)
+        added = _list_again(run, manifest, loaded.pipeline, notes, accept_changes=accept_changes)
     except FileExistsError:
         # Somebody else submits at the same time, and has added to the manifest.
         return _resubmit(path, loaded, accept_changes=accept_changes)
@@ -291,13 +292,30 @@ def _digests(directory: Path) -> dict[str, str]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _encoded(pipeline: Pipeline) -> Iterator[tuple[str, bytes, float]]:
-    for source in pipeline.sources:
+@dataclass(frozen=True)
+class _Keeper:
+    """Takes what a listing finds besides the sources."""
+
+    run: RunDir
+    notes: list[str]
+
+    def restart_points(self, path: Path, size_bytes: int, digest: str) -> None:
+        if size_bytes > SPACING_MIN:
+            RestartStore(self.run.fs, self.run.restarts).keep(path, digest)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _encoded(
+    run: RunDir, pipeline: Pipeline, notes: list[str]
+) -> Iterator[tuple[str, bytes, float]]:
+    for source in pipeline.sources.listed(_Keeper(run, notes)):
         payload = encode_payload(source.payload, source_id=source.id)
         yield source.id, payload, float(source.weight)
 
 
-def _list_first(run: RunDir, pipeline: Pipeline) -> None:
+def _list_first(run: RunDir, pipeline: Pipeline, notes: list[str]) -> None:
     numbers = run.part_numbers()
     if numbers:
         return
@@ -306,7 +324,7 @@ def _list_first(run: RunDir, pipeline: Pipeline) -> None:
         if isinstance(sources, Indexed):
             write_indexed_part(run, 1, first=0, count=len(sources))
             return
-        write_part(run, 1, first=0, listing=Listing(_encoded(pipeline)))
+        write_part(run, 1, first=0, listing=Listing(_encoded(run, pipeline, notes)))
     except FileExistsError:
         # Somebody else submits at the same time.  Where two listings differ, the next one tells.
         return
@@ -318,7 +336,7 @@ def _list_first(run: RunDir, pipeline: Pipeline) -> None:
 
 
 def _list_again(
-    run: RunDir, manifest: Manifest, pipeline: Pipeline, *, accept_changes: bool
+    run: RunDir, manifest: Manifest, pipeline: Pipeline, notes: list[str], *, accept_changes: bool
 ) -> int:
     """Take a changed listing into the manifest; return how many sources it added."""
     number = run.part_numbers()[-1] + 1
@@ -326,15 +344,18 @@ def _list_again(
     if isinstance(sources, Indexed):
         return _reindex(run, manifest, len(sources), number, accept_changes=accept_changes)
     known = _Known(manifest)
-    fresh = [source for source in _encoded(pipeline) if not known.holds(source)]
+    fresh = [s for s in _encoded(run, pipeline, notes) if not known.holds(s)]
     gone = known.missing()
-    if gone and not accept_changes:
-        example = manifest.entry(gone[0]).source_id
+    grown = _grown(manifest, sources, gone, fresh)
+    notes += [f"{len(grown)} chunks have more rows and run again"] if grown else []
+    unexplained = gone - grown
+    if unexplained and not accept_changes:
+        example = manifest.entry(unexplained[0]).source_id
         raise ChangedRunError(
-            f"{len(gone)} sources of the run are gone from the listing or have changed, "
+            f"{len(unexplained)} sources of the run are gone from the listing or have changed, "
             f"for example {example!r}. Their results would stay. "
             "Restore them, submit to another --run-dir, or drop them with --accept-changes.",
-            count=len(gone),
+            count=len(unexplained),
         )
     if not fresh and not gone:
         return 0
@@ -345,6 +366,17 @@ def _list_again(
         remove_part(run.fs, run, number)
         raise
     return len(fresh)
+
+
+def _grown(
+    manifest: Manifest, sources: SourceList, gone: BitMap, fresh: list[tuple[str, bytes, float]]
+) -> BitMap:
+    """Return the sources that are gone because one that reaches further stands in their place."""
+    if not gone:
+        return gone
+    reach = dict(filter(None, (sources.extent(source_id) for source_id, _, _ in fresh)))
+    found = ((index, sources.extent(manifest.entry(index).source_id)) for index in gone)
+    return BitMap(index for index, old in found if old and reach.get(old[0], -1) > old[1])
 
 
 class _Known:

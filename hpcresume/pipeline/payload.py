@@ -1,4 +1,4 @@
-"""Payloads as bytes: a Path, or a value that JSON can hold."""
+"""Payloads as bytes: a Path, a chunk of a file, or a value that JSON can hold."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 
 from hpcresume.errors import CorruptDataError, SourcesError
+from hpcresume.pipeline.chunk import Chunk, decode_chunk, encode_chunk
 
 
 def encode_payload(payload: Any, *, source_id: str | None = None) -> bytes:
-    """Return a payload as bytes: a Path, or a value that JSON can hold (tuples become lists).
+    """Return a payload as bytes: a Path, a Chunk, or a JSON value (tuples become lists).
 
     Args:
         payload: The value.
@@ -25,6 +26,8 @@ def encode_payload(payload: Any, *, source_id: str | None = None) -> bytes:
     """
     if isinstance(payload, os.PathLike):
         return b"p" + os.fsencode(payload)
+    if isinstance(payload, Chunk):
+        return b"c" + encode_chunk(payload)
     problem = _json_problem(payload)
     if problem is None:
         try:
@@ -40,8 +43,12 @@ def encode_payload(payload: Any, *, source_id: str | None = None) -> bytes:
     )
 
 
-def decode_payload(data: bytes) -> Any:
+def decode_payload(data: bytes, *, restarts: Path | None = None) -> Any:
     """Return what :func:`encode_payload` was given.
+
+    Args:
+        data: The bytes.
+        restarts: Directory of the run's restart points, for chunks.
 
     Raises:
         CorruptDataError: The bytes are not an encoded payload.
@@ -49,6 +56,9 @@ def decode_payload(data: bytes) -> Any:
     kind, body = data[:1], data[1:]
     if kind == b"p":
         return Path(os.fsdecode(body))
+    if kind == b"c":
+        with contextlib.suppress(ValueError, TypeError):
+            return decode_chunk(body, restarts)
     if kind == b"j":
         with contextlib.suppress(orjson.JSONDecodeError):
             return orjson.loads(body)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from hpcresume.errors import PipelineError, SourcesError
 from hpcresume.pipeline.payload import decode_payload, encode_payload
@@ -74,12 +74,41 @@ class Source:
     weight: float = 1.0
 
 
+class Keeper(Protocol):
+    """What a listing may hand to whoever lists, besides the sources."""
+
+    def restart_points(self, path: Path, size_bytes: int, digest: str) -> None:
+        """Keep where reading a gzip file can begin.
+
+        Args:
+            path: The file.
+            size_bytes: Size of its content, uncompressed.
+            digest: Of its content.
+        """
+
+    def note(self, text: str) -> None:
+        """Tell the user something about the sources."""
+
+
 class SourceList(ABC):
     """The sources of a pipeline, as declared."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources in order, streaming."""
+
+    def listed(self, keeper: Keeper | None) -> Iterator[Source]:
+        """Yield the sources for a run, which keeps what reading them needs."""
+        del keeper
+        return iter(self)
+
+    def extent(self, source_id: str) -> tuple[str, int] | None:
+        """Return what stays of the id of a source that grows, and how far it reaches.
+
+        None for sources that do not grow: one that is gone is missed.
+        """
+        del source_id
+        return None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -286,7 +315,11 @@ class FunctionSources(SourceList):
     fn: Callable[[], Any]
 
     def __iter__(self) -> Iterator[Source]:
-        return iter(as_sources(self.fn()))
+        return self.listed(None)
+
+    def listed(self, keeper: Keeper | None) -> Iterator[Source]:
+        """Yield what the function returns, as that would be listed."""
+        return as_sources(self.fn()).listed(keeper)
 
     def describe(self) -> dict[str, Any]:
         """Return the function's name."""
@@ -403,8 +436,9 @@ def as_sources(obj: object) -> SourceList:
         return FunctionSources(cast("Callable[[], Any]", obj))
     raise PipelineError(
         f"sources={obj!r} has type {type(obj).__qualname__}, which is not a list of sources. "
-        "Give hr.files(...), hr.lines(...), hr.rows(...), hr.indexed(...), an iterable of "
-        "hr.Source, ids or (id, payload) pairs, or a function returning one."
+        "Give hr.files(...), hr.lines(...), hr.rows(...), hr.chunks(...), hr.results(...), "
+        "hr.indexed(...), an iterable of hr.Source, ids or (id, payload) pairs, or a function "
+        "returning one."
     )
 
 

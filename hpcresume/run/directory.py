@@ -7,6 +7,7 @@
       CACHEDIR.TAG                 tells `clean` and backup tools that this is a run directory
       code/0001/                   snapshot of the pipeline's files; a new one for each edit
       manifest/part-000001         the ordered sources; growth adds a part
+      restarts/                    where reading the gzip files of hr.chunks can begin
       rounds/0000/plan             the shards of a round
       rounds/0000/claim            the one job array that works on the round; claim-00012 where
                                    another request's tasks begin
@@ -301,6 +302,11 @@ class RunDir:
     def part_path(self, number: int) -> str:
         """Return the path of a manifest part."""
         return self.join("manifest", f"part-{number:06d}")
+
+    @property
+    def restarts(self) -> str:
+        """The directory with the restart points of gzip files."""
+        return self.join("restarts")
 
     def part_numbers(self) -> list[int]:
         """Return the numbers of the manifest's parts."""

@@ -237,6 +237,7 @@ class Driver:
                 outputs=Path(outputs),
                 parts=parts,
                 seconds_left=lambda: seconds_left(spec.local),
+                restarts=Path(run.restarts),
             )
         # Ray reads its settings when it is imported.
         prepare_environment()
@@ -261,6 +262,7 @@ class Driver:
                 parts=parts,
                 mark=mark,
                 local=spec.local,
+                restarts=run.restarts,
             )
 
         return RayPool(

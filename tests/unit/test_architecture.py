@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "fs": set(),
     "config": set(),
     "slurm": set(),
-    "pipeline": set(),
+    "pipeline": RUN | {"merge", "results"},
     "testbed": {"slurm"},
     "segment": {"fs"},
     "run": {"fs", "segment"},
