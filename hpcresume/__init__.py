@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
+    from hpcresume.results.sources import results
     from hpcresume.serving.stage import ServingStage
 
     __version__: str
@@ -44,6 +45,7 @@ __all__ = [
     "files",
     "indexed",
     "lines",
+    "results",
     "rows",
     "stage",
     "status",
@@ -70,6 +72,7 @@ _HOMES = {
     "files": "hpcresume.pipeline.sources",
     "indexed": "hpcresume.pipeline.sources",
     "lines": "hpcresume.pipeline.sources",
+    "results": "hpcresume.results.sources",
     "rows": "hpcresume.pipeline.sources",
     "stage": "hpcresume.pipeline.stage",
     "status": "hpcresume.api",

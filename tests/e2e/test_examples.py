@@ -1,0 +1,121 @@
+"""The example workloads run on small inputs, and their results are right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcresume.examples import sweep
+from tests.support.local import Desk, Ended
+
+PROSE = (
+    "The scheduler of the kernel decides which of the tasks that are ready to run is to have the "
+    "processor, and for how long it may have it before another one is given its turn. A task "
+    "with a higher priority is chosen before a task with a lower one, and the tasks of one "
+    "priority share the time that is left to them in equal parts, as far as that can be done. "
+)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """A user's directory."""
+    return Desk.make(tmp_path)
+
+
+def ok(ended: Ended) -> None:
+    """Assert that a command succeeded."""
+    assert 0 == ended.code, ended
+
+
+def rows_of(desk: Desk, run: str) -> list[dict[str, Any]]:
+    """Return the rows of a finished run."""
+    return [json.loads(line) for line in desk.rows(run).splitlines()]
+
+
+def write_docs(directory: Path) -> None:
+    """Write documents: prose twice over, other prose, a list, another language, and no text."""
+    directory.mkdir()
+    other = PROSE.replace("task", "process").replace("kernel", "system")[::-1]
+    (directory / "a.txt").write_text(PROSE * 3)
+    (directory / "b.rst.gz").write_bytes(gzip.compress(f"{PROSE * 3} The end.".encode()))
+    (directory / "c.html").write_text(f"<html><head>x</head><p>{PROSE * 3}</p></html>")
+    (directory / "list.txt").write_text("- the item of a list is to be in it\n" * 40)
+    (directory / "reversed.txt").write_text(other)
+    (directory / "short.txt").write_text("the end of the text")
+    (directory / "picture.svg.gz").write_bytes(b"")
+
+
+def test_kernel_docs(desk: Desk) -> None:
+    """Prose is kept whatever wraps it, and near-duplicates are grouped; all else is dropped."""
+    write_docs(desk.path / "docs")
+    ok(desk.submit("hpcresume.examples.kernel_docs", "--run-dir", "run", "-P", "root=docs"))
+
+    rows = rows_of(desk, "run")
+    assert ["a.txt", "b.rst.gz", "c.html"] == [row["id"] for row in rows]
+    assert [64] * 3 == [len(row["signature"]) for row in rows]
+    assert rows[0]["signature"] == rows[2]["signature"]
+    groups = (desk.path / "run/finish/duplicates.jsonl").read_text()
+    assert ["a.txt", "b.rst.gz", "c.html"] in [json.loads(line) for line in groups.splitlines()]
+
+
+def test_clipart(desk: Desk) -> None:
+    """Thumbnails are files of their sources, equal pictures are found whatever their size."""
+    image = pytest.importorskip("PIL.Image")
+    (desk.path / "png").mkdir()
+    drawn = image.radial_gradient("L").crop((0, 0, 200, 100))
+    drawn.save(desk.path / "png/a.png")
+    drawn.resize((400, 200)).save(desk.path / "png/larger.png")
+    drawn.rotate(90, expand=True).save(desk.path / "png/turned.png")
+    image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(desk.path / "png/blank.png")
+    ok(desk.submit("hpcresume.examples.clipart", "--run-dir", "run", "-P", "root=png"))
+    ok(desk.call("collect", "run", "-o", "out.jsonl", "--files", "thumbnails"))
+
+    sizes = {row["file"]: (row["width"], row["height"]) for row in rows_of(desk, "run")}
+    assert {
+        "a.png": (200, 100),
+        "blank.png": (30, 20),
+        "larger.png": (400, 200),
+        "turned.png": (100, 200),
+    } == sizes
+    assert [["a.png", "larger.png"]] == json.loads(
+        (desk.path / "run/finish/duplicates.json").read_text()
+    )
+    (thumbnail,) = (desk.path / "thumbnails").glob("larger.png/*/thumbnail.png")
+    with image.open(thumbnail) as small:
+        assert (128, 64) == small.size
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_sweep(desk: Desk) -> None:
+    """Cold lattices are magnetised and hot ones are not; each leaves its picture."""
+    sizes = ("-P", "points=5", "-P", "size=16", "-P", "sweeps=400")
+    ok(desk.submit("hpcresume.examples.sweep", "--run-dir", "run", *sizes))
+    ok(desk.call("collect", "run", "-o", "out.jsonl", "--files", "lattices"))
+
+    rows = rows_of(desk, "run")
+    assert [1.5, 2.0, 2.5, 3.0, 3.5] == [row["temperature"] for row in rows]
+    assert rows[0]["magnetisation"] > 0.95
+    assert rows[-1]["magnetisation"] < 0.4
+    pictures = sorted((desk.path / "lattices").glob("*/*/lattice.pgm"))
+    assert [b"P5\n16 16\n255\n"] * 5 == [path.read_bytes()[:13] for path in pictures]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_program_of_the_sweep_repeats_itself(tmp_path: Path) -> None:
+    """A source that runs again, on another node too, gives the same picture and number."""
+    (tmp_path / "ising.c").write_text(sweep.PROGRAM)
+    build = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", "ising", "ising.c", "-lm"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+
+    def run(name: str) -> tuple[str, bytes]:
+        command = ["./ising", "16", "50", "2.2", "7", name]
+        found = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return found.stdout, (tmp_path / name).read_bytes()
+
+    assert run("a.pgm") == run("b.pgm")
