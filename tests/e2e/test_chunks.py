@@ -17,14 +17,22 @@ from tests.support.local import Desk, Ended, kill_family
 
 NUMBERS = """
     import os
+    import time
     from pathlib import Path
 
+    def held():
+        calls, gate = Path("calls"), Path("gate")
+        read = calls.stat().st_size // 10 if calls.exists() else 0
+        return gate.exists() and read >= int(gate.read_text())
+
     def total(chunk):
+        while held():
+            time.sleep(0.05)
         rows = total = 0
         for row in chunk:
             rows, total = rows + 1, total + row["n"]
         with open("calls", "a") as calls:
-            calls.write(f"{chunk.first}\\n")
+            calls.write(f"{chunk.first:09d}\\n")
         return {"first": chunk.first, "rows": rows, "total": total}
 
     def pipeline(path: Path, rows: int = 1000):
@@ -93,14 +101,16 @@ def killed_again_and_again(desk: Desk, count: int, rows: int, kills: int, *optio
         *("--local-dir", str(desk.local), "--sync-interval", "1"),
         *("-P", "path=in.jsonl.gz", "-P", f"rows={rows}"),
     )
-    done = 0
-    for n in range(kills):
-        target = done + random.randint(1, max(1, (total - done) // (2 * (kills - n))))
+    done, gate = 0, desk.path / "gate"
+    for _ in range(kills):
+        # It cannot end before it is killed: so many chunks more are read, and then none.
+        more = random.randint(total // (3 * kills), total // (2 * kills))
+        gate.write_text(str(len(calls_of(desk)) + more))
         process = Command(desk.path).start(*command)
         try:
             wait_until(
-                lambda target=target, process=process: (
-                    process.poll() is not None or completed(desk) >= target
+                lambda process=process, done=done: (
+                    process.poll() is not None or completed(desk) > done
                 ),
                 timeout_s=280,
                 describe=lambda process=process: f"{completed(desk)} done, {process.poll()}",
@@ -108,8 +118,9 @@ def killed_again_and_again(desk: Desk, count: int, rows: int, kills: int, *optio
         finally:
             kill_family(process.pid)
         process.communicate()
+        assert done < completed(desk) < total
         done = completed(desk)
-        assert target <= done < total
+    gate.unlink()
     before = len(calls_of(desk))
     ok(desk.call(*command, timeout_s=900), f"{total}: 0 new, {done} done, {total - done} left")
     assert expected(count, rows) == desk.rows("run")
