@@ -122,7 +122,10 @@ def killed_again_and_again(desk: Desk, count: int, rows: int, kills: int, *optio
         done = completed(desk)
     gate.unlink()
     before = len(calls_of(desk))
-    ok(desk.call(*command, timeout_s=900), f"{total}: 0 new, {done} done, {total - done} left")
+    ok(
+        desk.call(*command, timeout_s=900),
+        f"{total:,}: 0 new, {done:,} done, {total - done:,} left",
+    )
     assert expected(count, rows) == desk.rows("run")
     # What was published is not read again; at most what the kill left behind in the ledger.
     assert len(calls_of(desk)) - before <= total - done
