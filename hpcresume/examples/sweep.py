@@ -11,8 +11,7 @@ leaves its last lattice as a picture that belongs to the source.  A time limit s
 the sweep is no matter: no temperature is started that would not end, and the next attempt
 goes on after the last one that did.
 
-Measured on 2 cores that were busy with other work (load 30), with ``-P points=20 -P
-sweeps=1000``: 20 temperatures in 24 s.
+Measured on 2 cores: 200 temperatures in 69 s.
 """
 
 from __future__ import annotations

