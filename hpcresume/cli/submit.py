@@ -338,7 +338,7 @@ def _submit(ready: Ready) -> Step:
         say(f"packed         {note}", err=True)
     if step.job is not None:
         request = ready.resolved.settings.request
-        asks = [f"{request.cpus_per_task or 1} cores"]
+        asks = [human_count(request.cpus_per_task or 1, "core")]
         asks += [request.mem] if request.mem else []
         asks += [f"{request.gpus_per_task} GPUs"] if request.gpus_per_task else []
         asks += [request.time] if request.time else []

@@ -120,7 +120,9 @@ class Bench:
             python = (environment or Environment()).python(self.root)
             out = directory / "out.jsonl"
             command = [python, str(PEERS / f"{script}.py"), str(sources), str(out), *arguments]
-            variables = {**os.environ, "BENCH_CORES": str(self.cores)}
+            # Parsl starts programs of its own by their names.
+            path = os.pathsep.join([os.path.dirname(python), os.environ["PATH"]])
+            variables = {**os.environ, "BENCH_CORES": str(self.cores), "PATH": path}
             start = time.time()
             done = subprocess.run(
                 command, capture_output=True, text=True, env=variables, timeout=PEER_S, check=False
