@@ -27,12 +27,12 @@ from tests.support.cli import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
-# They mostly wait, for Slurm and for Ray; each process has clusters of its own.
+# Most of them wait, for Slurm and for Ray; each process has clusters of its own.
 TWO_AT_ONCE = ["--numprocesses=2", "--dist=worksteal"]
 PYTEST_STEPS = {
-    "unit": ["tests/unit"],
+    "unit": ["tests/unit", *TWO_AT_ONCE],
     "property": ["tests/property"],
-    "simulation": ["tests/simulation"],
+    "simulation": ["tests/simulation", *TWO_AT_ONCE],
     "site": ["tests/site"],
     "integration": ["tests/integration", "tests/bench"],
     "e2e": ["tests/e2e", *TWO_AT_ONCE],
