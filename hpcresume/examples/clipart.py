@@ -11,8 +11,8 @@ row; ``finish/duplicates.json`` in the run directory lists the pictures with equ
 
 Measured on 2 cores that were busy with other work (load 30), with ``-P
 root=/usr/share/openclipart/png/animals``: 316 pictures in 150 s.  The whole package has 8,121,
-links included; three have more than the 179 million pixels that Pillow decodes, and end
-quarantined, which is tolerated.
+links included; one of more than the 179 million pixels that Pillow decodes ends quarantined,
+which is tolerated.
 """
 
 from __future__ import annotations
