@@ -34,7 +34,7 @@ PYTEST_STEPS = {
     "property": ["tests/property"],
     "simulation": ["tests/simulation", *TWO_AT_ONCE],
     "site": ["tests/site"],
-    "integration": ["tests/integration", "tests/bench"],
+    "integration": ["tests/integration", "tests/bench", *TWO_AT_ONCE],
     "e2e": ["tests/e2e", *TWO_AT_ONCE],
     "faults": ["tests/faults", *TWO_AT_ONCE],
     "slurm": ["tests/e2e", "-m", "slurm", *TWO_AT_ONCE],

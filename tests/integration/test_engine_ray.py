@@ -140,7 +140,8 @@ def run(order):
     def setup(group, index, mark):
         return WorkerSetup(code=str(code), run_id="r", first=group.first,
             count=len(group.stages), index=index, cpus=group.cpus, gpus=group.gpus,
-            scratch=str(root / "scratch"), outputs=str(root / "out"), mark=mark, local=str(root))
+            scratch=str(root / "scratch"), outputs=str(root / "out"), parts=str(root / "parts"),
+            mark=mark, local=str(root))
     pool = RayPool(groups, make_setup=setup, marks=marks, check=head.check)
     outcomes = Outcomes()
     executor = Executor(groups, pool, ListFeed(order["payloads"]), outcomes,
