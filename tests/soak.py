@@ -519,7 +519,10 @@ def soak(*, minutes: float, seed: int, faults: int, pace_s: float, n: int) -> Ta
     # The mount comes first: the testbed's nodes see what is mounted when they start.
     with shared_fs(place) as shared, cluster() as bed:
         made = Soak(random.Random(seed), bed, shared, pace_s=pace_s, n=n)
-        made.go_on(seconds=60 * minutes, faults=faults)
+        try:
+            made.go_on(seconds=60 * minutes, faults=faults)
+        except KeyboardInterrupt:
+            made.tally.unfinished.append("interrupted: the last run was not compared")
         return made.tally
 
 
