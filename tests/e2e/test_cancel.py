@@ -83,7 +83,7 @@ def test_element_that_never_ran(slurm_cluster: SlurmCluster) -> None:
     An element that is cancelled while it waits is forgotten by Slurm at once; its shard
     stays out all the same, and the other elements complete.
     """
-    run = SlurmRun.submit(slurm_cluster, "--array", "3%1", sources=30)
+    run = SlurmRun.submit(slurm_cluster, "--array", "3%1", sources=30, ms=700)
     run.wait_published()
     array = run.array
     slurm_cluster.run("scancel", f"{array}_2")
@@ -170,7 +170,7 @@ def test_cancel_a_run(slurm_cluster: SlurmCluster) -> None:
     `cancel` stops running and waiting elements, the merge job and its twin; what was
     committed is published.  A second one is harmless, and `submit RUN` goes on at once.
     """
-    run = SlurmRun.submit(slurm_cluster, "--array", "3%1", sources=60)
+    run = SlurmRun.submit(slurm_cluster, "--array", "3%1", sources=60, ms=600)
     published = run.wait_published()
     first = run.command.json("cancel", str(run.path))
     second = run.command.json("cancel", str(run.path))
