@@ -35,7 +35,7 @@ from hpcresume.merge.generation import load_newest
 from hpcresume.run.directory import RunDir
 from tests.support.cli import Command
 from tests.support.cluster import SlurmCluster, cluster
-from tests.support.local import family, kill_family
+from tests.support.local import family, held_shm, kill_family
 from tests.support.pipelines import fan_result, write_fan
 from tests.support.places import REPOSITORY
 from tests.support.sharedfs import Rule, SharedFs, shared_fs
@@ -495,21 +495,12 @@ class Soak:
             disk = self._bed.disk(node)
             yield from (f"directory {path}" for path in disk.glob("hpcresume-*/*/*"))
             yield from (f"directory {path}" for path in disk.glob("hr-*"))
-        held = _held_shm()
+        held = held_shm()
         yield from (
             f"shared memory {name}"
             for name in set(os.listdir("/dev/shm")) - self._shm
             if name not in held
         )
-
-
-def _held_shm() -> set[str]:
-    held = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{pid}/maps").read_text()
-            held |= {line.rpartition("/dev/shm/")[2] for line in text.splitlines()}
-    return held
 
 
 def soak(*, minutes: float, seed: int, faults: int, pace_s: float, n: int) -> Tally:

@@ -33,7 +33,7 @@ from hpcresume.merge.generation import Union, read_union
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.segment.frame import decode_frame
 from tests.support.cli import Command, wait_until
-from tests.support.local import family, kill_family
+from tests.support.local import family, held_shm, kill_family
 from tests.support.pipelines import fan_result, write_fan
 from tests.support.sharedfs import SharedFs
 
@@ -316,7 +316,7 @@ class Rig:
         with open("/proc/net/unix", encoding="utf-8") as sockets:
             found += [f"socket {line.strip()}" for line in sockets if str(self.local) in line]
         fresh = set(os.listdir("/dev/shm")) - self._shm
-        return found + [f"shared memory {name}" for name in fresh - _held_shm()]
+        return found + [f"shared memory {name}" for name in fresh - held_shm()]
 
     def _processes(self) -> Iterator[str]:
         """Yield what is alive of any attempt: known by run, by directory or by open file."""
@@ -343,16 +343,6 @@ class Rig:
         for attempt in self.attempts:
             kill_family(attempt.process.pid)
             os.close(attempt.progress_fd)
-
-
-def _held_shm() -> set[str]:
-    """Return the names in /dev/shm that a living process maps or has open."""
-    held = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{pid}/maps").read_text()
-            held |= {line.rpartition("/dev/shm/")[2] for line in text.splitlines()}
-    return held
 
 
 @contextlib.contextmanager

@@ -103,3 +103,13 @@ def flip(path: Path, offsets: Iterable[int]) -> None:
     for offset in offsets:
         data[offset] ^= 0xFF
     path.write_bytes(data)
+
+
+def held_shm() -> set[str]:
+    """Return the names in /dev/shm that a living process maps or has open."""
+    held = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/maps").read_text()
+            held |= {line.rpartition("/dev/shm/")[2] for line in text.splitlines()}
+    return held
