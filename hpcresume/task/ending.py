@@ -29,6 +29,8 @@ _RESTARTED_KINDS = frozenset(
     }
 )
 _ASK_S = 5.0
+# The second is how a running element reads while the controller hands a signal on.
+_RUNS = frozenset({"RUNNING", "SIGNALING"})
 
 
 class View(enum.StrEnum):
@@ -51,7 +53,7 @@ def view_of(job: slurm.JobInfo, restart_count: int) -> View:
     """
     if (job.restarts or 0) > restart_count:
         return View.REQUEUED
-    if job.state == "RUNNING":
+    if job.state in _RUNS:
         return View.RUNNING if job.preempt_time is None else View.PREEMPTED
     if job.state == "PREEMPTED" or job.preempt_time is not None:
         return View.ENDED

@@ -116,16 +116,14 @@ class SlurmCluster:
 
     def wait_ended(self, job: str, timeout_s: float = 60) -> list[str]:
         """Wait until every element of a job has ended; return their states in index order."""
+        entries: list[slurm.QueueEntry] = []
 
         def ended() -> bool:
-            # COMPLETING has a base state of its own; a requeued element is PENDING meanwhile.
-            active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
-            entries = self.queue(job)
-            return bool(entries) and not any(entry.state in active for entry in entries)
+            entries[:] = self.queue(job)
+            return bool(entries) and all(entry.ended for entry in entries)
 
-        self.wait_until(ended, timeout_s, lambda: f"job {job} ended: {self.queue(job)}")
-        entries = sorted(self.queue(job), key=lambda entry: entry.array_task or 0)
-        return [entry.state for entry in entries]
+        self.wait_until(ended, timeout_s, lambda: f"job {job} ended: {entries}")
+        return [entry.state for entry in sorted(entries, key=lambda entry: entry.array_task or 0)]
 
     def wait_running(self, job: str, timeout_s: float = 30) -> None:
         """Wait until a job, or every element of it, runs."""

@@ -24,6 +24,8 @@ def record(state: str, **fields: float) -> slurm.JobInfo:
     [
         (record("RUNNING"), View.RUNNING),
         (record("RUNNING", preempt_time=1000.0), View.PREEMPTED),
+        (record("SIGNALING"), View.RUNNING),
+        (record("SIGNALING", preempt_time=1000.0), View.PREEMPTED),
         (record("COMPLETING"), View.CANCELLED),
         (record("CANCELLED"), View.CANCELLED),
         (record("COMPLETING", preempt_time=1000.0), View.ENDED),
