@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hpcresume.api import Run, status, submit
     from hpcresume.errors import HpcResumeError
     from hpcresume.launch.trial import trial
+    from hpcresume.output.sources import results
     from hpcresume.pipeline.chunk import Chunk
     from hpcresume.pipeline.chunk_sources import chunks
     from hpcresume.pipeline.context import Context, Worker
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
     from hpcresume.pipeline.sources import Source, files, indexed, lines, rows
     from hpcresume.pipeline.stage import Stage, stage
-    from hpcresume.results.sources import results
     from hpcresume.serving.stage import ServingStage
 
     __version__: str
@@ -72,7 +72,7 @@ _HOMES = {
     "files": "hpcresume.pipeline.sources",
     "indexed": "hpcresume.pipeline.sources",
     "lines": "hpcresume.pipeline.sources",
-    "results": "hpcresume.results.sources",
+    "results": "hpcresume.output.sources",
     "rows": "hpcresume.pipeline.sources",
     "stage": "hpcresume.pipeline.stage",
     "status": "hpcresume.api",

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from hpcresume.errors import PipelineError, UsageError
-from hpcresume.results import run as results
+from hpcresume.output import run as opened
 
 if TYPE_CHECKING:
     from hpcresume.launch.rounds import Standing
     from hpcresume.launch.stopping import Stopped
     from hpcresume.observe.failures import FailedSource
-    from hpcresume.results.collect import CollectReport
+    from hpcresume.output.collect import CollectReport
 
 
 class Request(TypedDict, total=False):
@@ -112,7 +112,7 @@ def submit(
     return Run(ready.prepared.run.path)
 
 
-def status(run: str | os.PathLike[str] | results.Run) -> dict[str, Any]:
+def status(run: str | os.PathLike[str] | opened.Run) -> dict[str, Any]:
     """Return how a run stands, as ``hpcresume status --json`` prints it.
 
     Args:
@@ -121,11 +121,11 @@ def status(run: str | os.PathLike[str] | results.Run) -> dict[str, Any]:
     Raises:
         RunDirError: Not a run directory, or one that cannot be read.
     """
-    found = run if isinstance(run, results.Run) else results.Run(Path(run))
+    found = run if isinstance(run, opened.Run) else opened.Run(Path(run))
     return found.status()
 
 
-class Run(results.Run):
+class Run(opened.Run):
     """A run, opened by its directory; its methods mirror the commands.
 
     ``rows()`` and ``status()`` come with it.
@@ -166,7 +166,7 @@ class Run(results.Run):
         Returns:
             What was written and what is missing; ``complete`` says whether all is there.
         """
-        from hpcresume.results.collect import collect
+        from hpcresume.output.collect import collect
 
         return collect(
             self._run,
@@ -178,7 +178,7 @@ class Run(results.Run):
     def failures(self) -> list[FailedSource]:
         """Return the quarantined and failing sources, each with its last failure."""
         from hpcresume.observe.failures import failed_sources
-        from hpcresume.results.rows import union_of
+        from hpcresume.output.rows import union_of
         from hpcresume.run.manifest import Manifest
 
         return failed_sources(Manifest.open(self._run), union_of(self._run))

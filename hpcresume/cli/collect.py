@@ -23,7 +23,7 @@ from hpcresume.cli.common import (
 from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE
 
 if TYPE_CHECKING:
-    from hpcresume.results.collect import CollectReport
+    from hpcresume.output.collect import CollectReport
     from hpcresume.run.directory import RunDir
 
 LOG_LINE_S = 30.0
@@ -72,8 +72,8 @@ def collect(
       hpcresume collect --layout parts -o results/
     """
     from hpcresume.errors import UsageError
-    from hpcresume.results.collect import collect as write_result
-    from hpcresume.results.layout import collect_parts
+    from hpcresume.output.collect import collect as write_result
+    from hpcresume.output.layout import collect_parts
 
     if layout == "parts" and (with_source or files):
         raise UsageError(

@@ -32,7 +32,7 @@ def failures(run: RunDir, tail: int | None, as_json: bool) -> None:
       hpcresume failures runs/paragraphs-1f2e3d4c --tail 5
     """
     from hpcresume.observe.failures import failed_sources
-    from hpcresume.results.rows import union_of
+    from hpcresume.output.rows import union_of
     from hpcresume.run.manifest import Manifest
 
     found = failed_sources(Manifest.open(run), union_of(run))

@@ -446,7 +446,7 @@ def _summarise(ready: Ready, status: Status, step: Step) -> int:
 
 
 def _collect(ready: Ready, output: Path) -> int:
-    from hpcresume.results.collect import collect
+    from hpcresume.output.collect import collect
 
     report = collect(ready.prepared.run, output)
     say(

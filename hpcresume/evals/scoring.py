@@ -14,9 +14,9 @@ from hpcresume.evals.layout import SCORING
 from hpcresume.evals.rows import OK
 from hpcresume.evals.settings import EvalSettings
 from hpcresume.evals.table import read_table
+from hpcresume.output.run import Run
 from hpcresume.pipeline.payload import decode_payload
 from hpcresume.pipeline.sources import Source, SourceList
-from hpcresume.results.run import Run
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 

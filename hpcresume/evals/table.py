@@ -26,9 +26,9 @@ from hpcresume.evals.layout import ORDER
 from hpcresume.evals.rows import ERROR, OK, TIMEOUT, Ending, encode, make_row
 from hpcresume.evals.settings import EvalSettings
 from hpcresume.merge.generation import Union
+from hpcresume.output.rows import BadSegmentError, spans, take_back_segment, union_of
 from hpcresume.pipeline.observer import GivenUp
 from hpcresume.pipeline.payload import decode_payload
-from hpcresume.results.rows import BadSegmentError, spans, take_back_segment, union_of
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Entry, Manifest
 

@@ -489,7 +489,7 @@ def run_finish(run: RunDir, pipeline: Pipeline) -> None:
     target = run.join("finish")
     if pipeline.finish is None or os.path.exists(target):
         return
-    from hpcresume.results.run import Run
+    from hpcresume.output.run import Run
 
     temporary = run.join(f".tmp-finish-{secrets.token_hex(8)}")
     os.mkdir(temporary, 0o700)

@@ -40,9 +40,9 @@ from hpcresume.launch.estimate import estimate_run
 from hpcresume.launch.trial_memory import Memory
 from hpcresume.launch.trial_report import StageMeasure, TrialReport, TrialRow, TrialSource
 from hpcresume.launch.trial_sample import Sample, SampleFeed, named, spread
+from hpcresume.output.rows import frame_of_blob
 from hpcresume.pipeline.load import LoadedPipeline, write_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.results.rows import frame_of_blob
 from hpcresume.segment.segment import Failure, StageCount
 from hpcresume.task.allocation import read_allocation
 from hpcresume.task.scratch import make_ray_temp

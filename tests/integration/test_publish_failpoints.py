@@ -22,7 +22,7 @@ from hpcresume.fs import POSIX, TEMPORARY_PREFIX, digest_of
 from hpcresume.ledger.publishing import output_path, publish_pending
 from hpcresume.ledger.store import Ledger
 from hpcresume.merge.generation import load_newest, read_union
-from hpcresume.results.rows import read_frame
+from hpcresume.output.rows import read_frame
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.segment.segment import open_segment
 from tests.support.places import REPOSITORY, RUN_ID, child_environment, make_run, row, run_child

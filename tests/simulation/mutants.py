@@ -121,7 +121,7 @@ _GENERATION, _PLAN = "hpcresume.merge.generation", "hpcresume.merge.plan"
 _PACKS, _RETENTION, _ROWS = (
     "hpcresume.merge.packs",
     "hpcresume.merge.retention",
-    "hpcresume.results.rows",
+    "hpcresume.output.rows",
 )
 _ROUNDS, _DRIVE, _SHARD = (
     "hpcresume.launch.rounds",

@@ -22,7 +22,7 @@ from hpcresume.launch.submit import submit_to_slurm
 from hpcresume.merge import retention
 from hpcresume.merge.generation import Union, load_newest
 from hpcresume.merge.plan import Launch
-from hpcresume.results.rows import BadSegmentError, spans, take_back_segment, union_of
+from hpcresume.output.rows import BadSegmentError, spans, take_back_segment, union_of
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest, write_indexed_part
 from tests.simulation.cluster import Cluster, Element, Job

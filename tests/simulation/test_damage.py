@@ -18,7 +18,7 @@ from hpcresume.errors import CorruptDataError, HpcResumeError, RunDirError
 from hpcresume.ledger.store import Batch, InFlight, Ledger, LedgerIdentity
 from hpcresume.merge.generation import load_newest, read_union, write_generation
 from hpcresume.merge.plan import newest_plan
-from hpcresume.results.rows import BadSegmentError, spans, take_back_segment
+from hpcresume.output.rows import BadSegmentError, spans, take_back_segment
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Listing, Manifest, write_indexed_part, write_part
 from hpcresume.segment.container import MAGIC

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hpcresume
 from tests.support.places import REPOSITORY, run_child
 
 PACKAGE = REPOSITORY / "hpcresume"
@@ -35,15 +36,14 @@ ARROWS: dict[str, set[str]] = {
     "merge": RUN,
     "sinks": {"segment"},
     "observe": RUN | {"merge", "slurm"},
-    "results": RUN | {"merge", "observe", "pipeline", "sinks"},
+    "output": RUN | {"merge", "observe", "pipeline", "sinks"},
     "serving": {"fs", "pipeline"},
     "engine": RUN | {"pipeline", "ledger", "sinks"},
     "task": RUN | {"engine", "ledger", "merge", "config", "slurm", "pipeline"},
-    "launch": RUN
-    | {"task", "engine", "merge", "config", "slurm", "pipeline", "results", "observe"},
-    "api": RUN | {"launch", "merge", "observe", "results"},
+    "launch": RUN | {"task", "engine", "merge", "config", "slurm", "pipeline", "output", "observe"},
+    "api": RUN | {"launch", "merge", "observe", "output"},
     "doctor": {"engine", "slurm", "fs", "config", "run"},
-    "evals": RUN | {"launch", "pipeline", "results", "merge", "sinks"},
+    "evals": RUN | {"launch", "pipeline", "output", "merge", "sinks"},
     "examples": {"(public)", "serving"},
 }
 """Room -> the rooms below it that it may import.  cli, above all, may import any."""
@@ -135,6 +135,11 @@ def test_the_arrows_have_no_cycle() -> None:
 
     for room in ARROWS:
         reach(room, ())
+
+
+def test_no_public_name_is_a_room() -> None:
+    """An import of a room leaves no module under a public name of the package."""
+    assert set() == set(hpcresume.__all__) & {room_of(path) for path in FILES}
 
 
 @pytest.mark.parametrize("module", sorted(CONFINED))

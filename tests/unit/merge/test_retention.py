@@ -13,7 +13,7 @@ from hpcresume.merge import retention
 from hpcresume.merge.generation import load_newest, read_union, take_back, write_generation
 from hpcresume.merge.packs import InMemory, Packs, key_of
 from hpcresume.merge.retention import fold_rest, fold_small, foldable, held, remove_held
-from hpcresume.results.rows import BadSegmentError, spans, take_back_segment
+from hpcresume.output.rows import BadSegmentError, spans, take_back_segment
 from hpcresume.run.directory import RunDir, SegmentName
 from hpcresume.run.manifest import Manifest, write_indexed_part
 from tests.support.places import failure, make_run, publish_segment, row, segment_name, write_file

@@ -12,7 +12,7 @@ import pytest
 from hpcresume import slurm
 from hpcresume.errors import SlurmUnreachableError
 from hpcresume.observe.status import read_status
-from hpcresume.results.run import Run
+from hpcresume.output.run import Run
 from hpcresume.segment.segment import Progress, StageCount
 from tests.support.runs import make_run
 

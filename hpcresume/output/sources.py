@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 
 from hpcresume.errors import SourcesError
+from hpcresume.output.collect import scope_of
+from hpcresume.output.rows import spans, union_of
 from hpcresume.pipeline.sources import Source, SourceList
-from hpcresume.results.collect import scope_of
-from hpcresume.results.rows import spans, union_of
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 

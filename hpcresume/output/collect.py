@@ -23,8 +23,8 @@ from hpcresume.errors import SharedStorageError, UsageError
 from hpcresume.fs import POSIX, TEMPORARY_PREFIX
 from hpcresume.ids import item_id
 from hpcresume.merge.generation import Union
-from hpcresume.results.files import FileLinker
-from hpcresume.results.rows import (
+from hpcresume.output.files import FileLinker
+from hpcresume.output.rows import (
     BadSegmentError,
     SourceRows,
     Span,
@@ -38,7 +38,7 @@ from hpcresume.segment.frame import PARQUET
 from hpcresume.sinks.parquet import require_pyarrow
 
 if TYPE_CHECKING:
-    from hpcresume.results.parquet import ParquetTables
+    from hpcresume.output.parquet import ParquetTables
 
 Progress = Callable[[int, int], None]
 """Called with the sources written so far and how many there are to write."""
@@ -285,7 +285,7 @@ def _format_of(run: RunDir, output: Path, *, with_source: bool) -> OpenWriter:
         return lambda _path, file, _union: JsonLines(file)
     if output.suffix == ".parquet":
         require_pyarrow(f"write {output}")
-        from hpcresume.results.parquet import ParquetRows, ParquetTables, schema_of
+        from hpcresume.output.parquet import ParquetRows, ParquetTables, schema_of
 
         if run.part_format() == PARQUET and not with_source:
             return lambda _path, file, union: ParquetTables(file, schema_of(run, union))

@@ -21,9 +21,9 @@ from hpcresume.errors import SharedStorageError, UsageError
 from hpcresume.fs import POSIX, TEMPORARY_PREFIX
 from hpcresume.merge.generation import Union, find_segment
 from hpcresume.merge.packs import Packs, name_of
-from hpcresume.results.collect import CollectReport, Progress, report_on, scope_of
-from hpcresume.results.files import link_or_copy
-from hpcresume.results.rows import (
+from hpcresume.output.collect import CollectReport, Progress, report_on, scope_of
+from hpcresume.output.files import link_or_copy
+from hpcresume.output.rows import (
     BadSegmentError,
     BadSegments,
     LoadedFrame,
@@ -134,7 +134,7 @@ def _rewrite(segment: Segment, name: SegmentName, won: BitMap, target: str) -> i
 
 
 def _rewrite_tables(spans: Iterator[Span], target: str) -> int:
-    from hpcresume.results.parquet import ParquetTables
+    from hpcresume.output.parquet import ParquetTables
 
     rows, writer = 0, None
     with open(target, "xb") as file:

@@ -16,7 +16,7 @@ import orjson
 from hpcresume.errors import UsageError
 from hpcresume.merge.generation import Union, find_segment
 from hpcresume.merge.packs import Packs, name_of
-from hpcresume.results.rows import BadSegments, Span
+from hpcresume.output.rows import BadSegments, Span
 from hpcresume.run.directory import RunDir
 from hpcresume.segment.frame import PARQUET
 from hpcresume.segment.parquet_footer import whole

@@ -8,9 +8,9 @@ from itertools import chain
 import orjson
 import pytest
 
-from hpcresume.results import rows as rows_module
-from hpcresume.results.rows import BadSegmentError, spans, take_back_segment, union_of
-from hpcresume.results.run import Run
+from hpcresume.output import rows as rows_module
+from hpcresume.output.rows import BadSegmentError, spans, take_back_segment, union_of
+from hpcresume.output.run import Run
 from hpcresume.run.manifest import Manifest
 from tests.support.runs import make_run
 

@@ -12,8 +12,8 @@ import pytest
 
 import hpcresume as hr
 from hpcresume.errors import SharedStorageError, UsageError
-from hpcresume.results.collect import collect
-from hpcresume.results.layout import collect_parts
+from hpcresume.output.collect import collect
+from hpcresume.output.layout import collect_parts
 from hpcresume.run.directory import RunDir
 from tests.support.parts import PartsAttempt, rows_of
 from tests.support.runs import MadeRun, make_run
@@ -191,7 +191,7 @@ def test_a_result_that_cannot_be_written(run: Made, tmp_path: Path, monkeypatch)
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hpcresume.results.layout.link_or_copy", full)
+    monkeypatch.setattr("hpcresume.output.layout.link_or_copy", full)
     with pytest.raises(SharedStorageError, match="results are safe"):
         collect_parts(run.run, out)
     assert before == sorted(os.listdir(out))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpcresume.errors import ConfigError, SharedStorageError, UsageError
-from hpcresume.results.collect import collect
-from hpcresume.results.files import directory_name
+from hpcresume.output.collect import collect
+from hpcresume.output.files import directory_name
 from tests.support.runs import make_run
 
 
@@ -175,7 +175,7 @@ def test_files_are_copied_where_links_cannot_be(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("hpcresume.results.files.os.link", refuse)
+    monkeypatch.setattr("hpcresume.output.files.os.link", refuse)
     collect(made.run, tmp_path / "out.jsonl", files=tmp_path / "files")
 
     copied = tmp_path / "files" / "s0.txt" / "root" / "x.bin"
@@ -209,7 +209,7 @@ def test_directory_names_never_collide_and_are_safe():
 def test_parquet_holds_the_same_rows(tmp_path, monkeypatch):
     """Columns come from all rows, also where a column first appears in a later batch."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("hpcresume.results.parquet.BATCH_ROWS", 3)
+    monkeypatch.setattr("hpcresume.output.parquet.BATCH_ROWS", 3)
     made = make_run(tmp_path, sources=8)
     rows = [{"n": i} if i < 5 else {"n": i + 0.5, "late": [str(i)]} for i in range(8)]
     made.publish(made.attempt(), [range(8)], rows=lambda i, _: [((0, 0), rows[i])])

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from hpcresume.errors import SharedStorageError
 from hpcresume.fs import TEMPORARY_PREFIX
 from hpcresume.ids import source_digest
-from hpcresume.results.rows import LoadedFrame, bad_segment
+from hpcresume.output.rows import LoadedFrame, bad_segment
 from hpcresume.run.directory import RunDir
 
 _LONGEST_NAME = 180

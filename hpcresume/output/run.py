@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume.ids import item_id
-from hpcresume.results.rows import BadSegmentError, Span, spans, take_back_segment, union_of
+from hpcresume.output.rows import BadSegmentError, Span, spans, take_back_segment, union_of
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 
