@@ -31,7 +31,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +62,9 @@ class Readable(Protocol):
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """Yield the content in order, in pieces of up to 1 MiB; the file is opened once."""
 
     def size(self, path: str) -> int:
         """Return the size of a file in bytes."""
@@ -136,6 +139,12 @@ class PosixFileSystem:
                 pieces.append(piece)
                 length -= len(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """Yield the content in order; each opening is a call to a metadata server."""
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(READ_BYTES):
+                yield piece
 
     def size(self, path: str) -> int:
         """Return the size of a file in bytes."""
@@ -401,10 +410,9 @@ def _copy_exclusively(fs: FileSystem, source: str, target: str) -> None:
 
 def digest_of(fs: Readable, path: str) -> bytes:
     """Return the SHA-256 of a file's content, read in pieces."""
-    digest, offset = hashlib.sha256(), 0
-    while piece := fs.read(path, offset, READ_BYTES):
+    digest = hashlib.sha256()
+    for piece in fs.pieces(path):
         digest.update(piece)
-        offset += len(piece)
     return digest.digest()
 
 

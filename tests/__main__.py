@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hpcresume.errors import TestbedError
 from hpcresume.testbed import packages, releases
+from tests.bench import counts
 from tests.support import browser
 from tests.support.cli import as_user
 
@@ -211,6 +212,7 @@ def _install() -> Ending:
     try:
         packages.install(accounting=True)
         browser.install()
+        counts.install()
     except TestbedError as error:
         print(f"error: {error}", file=sys.stderr)
         return Ending(error.exit_code)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpcresume.errors import CorruptDataError
-from hpcresume.fs import Readable, Receipt, publish
+from hpcresume.fs import READ_BYTES, Readable, Receipt, publish
 from hpcresume.ids import Epoch, RoundIndex, TaskIndex
 from hpcresume.run.directory import AttemptRef, RunDir, SegmentName
 from hpcresume.segment.container import Container, encode_container, open_container
@@ -57,6 +57,10 @@ class InMemory:
         """Return up to ``length`` bytes from ``offset`` on (all of them by default)."""
         return self._data[offset:] if length is None else self._data[offset : offset + length]
 
+    def pieces(self, _path: str) -> Iterator[bytes]:
+        """Yield all bytes."""
+        yield self._data
+
     def size(self, _path: str) -> int:
         """Return how many bytes there are."""
         return len(self._data)
@@ -72,6 +76,12 @@ class _Within:
         rest = max(0, self._size - offset)
         wanted = rest if length is None else min(length, rest)
         return self._fs.read(path, self._offset + offset, wanted)
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        offset = 0
+        while piece := self.read(path, offset, READ_BYTES):
+            yield piece
+            offset += len(piece)
 
     def size(self, _path: str) -> int:
         return self._size

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench import ours, synthetic
+from tests.bench import counts, ours, synthetic
 from tests.bench.environments import PEERS, Environment
 from tests.bench.table import Case
 
@@ -155,7 +155,8 @@ class Bench:
         """Return all lines."""
         return [
             *self._cost(), *self._fan_out(), *self._handover(), *self._resumable(),
-            *self._start(), *self._others(), *self._left(), *self._bulk(), *self._collect(),
+            *self._start(), *self._others(), *self._left(), *self._traces(), *self._bulk(),
+            *self._collect(),
         ]  # fmt: skip
 
     def _cost(self) -> list[Case]:
@@ -271,6 +272,48 @@ class Bench:
             peer("NeMo Curator's union", "curator_union", sizes.fan, CURATOR),
             peer("Snakemake", "snakemake_local", sizes.few, SNAKEMAKE),
             peer("datatrove", "datatrove_local", sizes.few, DATATROVE),
+        ]
+
+    def _traces(self) -> list[Case]:
+        """Return the lines about what a task leaves and asks for; they do not depend on load."""
+        few, many = self.sizes.some, self.sizes.many
+        calls, left = "calls on the run directory", "left in the run directory"
+
+        def task(sources: int, publications: int = 0) -> Callable[[Path], Measured]:
+            def measure(directory: Path) -> Measured:
+                rows = -(-sources // publications) if publications else 0
+                found = counts.count(directory, sources, engine="ray", max_records=rows)
+                files = counts.attempt_files(directory / "run")
+                segments = sum(path.name.startswith("seg-") for path in files)
+                return float(sum(found.values())), {"calls": dict(found), "segments": segments}
+
+            return measure
+
+        def each(directory: Path) -> Measured:
+            one, _ = task(many)(directory / "one")
+            more, values = task(many, 10)(directory / "more")
+            return (more - one) / (values["segments"] - 1), values
+
+        def files(directory: Path) -> Measured:
+            ended = ours.submit(directory, self.cores, n=many)
+            found = counts.attempt_files(ended.run)
+            return len(found) - ended.work_s / 60, {"names": sorted(p.name for p in found)}
+
+        def state(directory: Path) -> Measured:
+            ended = ours.submit(directory, self.cores, n=many)
+            found = counts.attempt_files(ended.run)
+            size = sum(path.stat().st_size for path in found if path.name.startswith("seg-"))
+            ours.collect(ended)
+            rows = (directory / "out.jsonl").stat().st_size
+            return (size - rows) / many, {"published_bytes": size, "row_bytes": rows}
+
+        small = f"a task of {few:,} sources"
+        return [
+            Case(small, calls, "calls", task(few)),
+            Case(f"a task of {many:,}", calls, "calls", task(many), small, "<= 1.0"),
+            Case("each further publication", calls, "calls", each, target="<= 20"),
+            Case("files, less one a minute", left, "files", files, target="<= 6"),
+            Case("beyond its row", left, "bytes/source", state, target="<= 10"),
         ]
 
     def _bulk(self) -> list[Case]:

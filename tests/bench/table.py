@@ -26,7 +26,7 @@ class Case:
         measure: Runs it once in an empty directory and returns the figure and further values;
             checks the output on the way.
         against: Name of the line that its ratio is to; empty: none.
-        target: What the ratio should be: ``>= 0.8``.
+        target: What the ratio should be, or the figure where it is to no other: ``>= 0.8``.
         figures: One for each repetition that succeeded.
         loads: The machine's load before each.
         values: What else the last one gave.
@@ -58,8 +58,20 @@ class Case:
                 "load": [min(self.loads), max(self.loads)],
             }
         if ratio is not None:
-            line |= {"against": self.against, "ratio": ratio, "target": self.target}
+            line |= {"against": self.against, "ratio": ratio}
+        judged = ratio if self.against else line.get("median")
+        if self.target:
+            line |= {"target": self.target, "verdict": verdict(judged, self.target)}
         return line | ({"reason": self.reason} if self.reason else {}) | {"values": self.values}
+
+
+def verdict(value: float | None, target: str) -> str:
+    """Tell whether a target such as ``<= 1.25`` is met."""
+    if value is None:
+        return "not measured"
+    relation, _, bound = target.partition(" ")
+    is_met = value >= float(bound) if relation == ">=" else value <= float(bound)
+    return "met" if is_met else "missed"
 
 
 def header() -> dict[str, Any]:
@@ -102,13 +114,15 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['machine']}, {found['memory_gib']} GiB, {found['system']}.",
         f"{versions}; {found['at']}.",
         "",
-        "| | | median | min to max | n | load | ratio | target |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | | median | min to max | n | load | ratio | target | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in found["lines"]:
         name = f"{line['name']}{_version(line)}"
         if "median" not in line:
-            text.append(f"| {line['group']} | {name} | {line.get('reason', 'not run')} | | | | | |")
+            text.append(
+                f"| {line['group']} | {name} | {line.get('reason', 'not run')} | | | | | | |"
+            )
             continue
         spread = f"{_short(line['min'])} to {_short(line['max'])}"
         low, high = line["load"]
@@ -116,7 +130,7 @@ def markdown(found: dict[str, Any]) -> str:
         text.append(
             f"| {line['group']} | {name} | {_short(line['median'])} {line['unit']} | {spread} "
             f"| {line['repetitions']} | {low:.0f} to {high:.0f} | {ratio} "
-            f"| {line.get('target', '')} |"
+            f"| {line.get('target', '')} | {line.get('verdict', '')} |"
         )
     return "\n".join(text) + "\n"
 

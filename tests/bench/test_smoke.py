@@ -26,7 +26,7 @@ def test_a_tiny_benchmark(tmp_path: Path) -> None:
     assert all(line["min"] <= line["median"] <= line["max"] for line in lines.values())
     assert {"hpcresume", "ray"} <= set(found["versions"])
     table = out.with_suffix(".md").read_text().splitlines()
-    assert {9} == {line.count("|") for line in table[3:]}
+    assert {10} == {line.count("|") for line in table[3:]}
 
 
 def test_a_wrong_result_is_no_figure(tmp_path: Path) -> None:
@@ -51,3 +51,17 @@ def test_what_cannot_be_measured_says_why() -> None:
     text = markdown(report(cases))
     assert "| g | peer | no such program |" in text
     assert "| g | ours | 2 s |" in text
+
+
+def test_a_target_is_judged() -> None:
+    """The verdict is over the ratio, or over the figure where it is compared with no other."""
+    slow = Case("slow", "g", "s", lambda _: (4.0, {}))
+    fast = Case("fast", "g", "s", lambda _: (1.0, {}), "slow", "<= 0.25")
+    alone = Case("alone", "g", "s", lambda _: (3.0, {}), target=">= 3.5")
+    never = Case("never", "g", "s", lambda _: (3.0, {}), "gone", ">= 3.5")
+    for case in (slow, fast, alone, never):
+        once(case)
+    verdicts = {
+        line["name"]: line.get("verdict") for line in report([slow, fast, alone, never])["lines"]
+    }
+    assert {"slow": None, "fast": "met", "alone": "missed", "never": "not measured"} == verdicts

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from hpcresume.fs import READ_BYTES
+
 ResultT = TypeVar("ResultT")
 
 
@@ -287,6 +289,13 @@ class SimFileSystem:
             return data[offset:] if length is None else data[offset : offset + length]
 
         return self._call("read", path, effect)
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """Yield the content in order."""
+        offset = 0
+        while piece := self.read(path, offset, READ_BYTES):
+            yield piece
+            offset += len(piece)
 
     def size(self, path: str) -> int:
         """Return a file's size in bytes."""

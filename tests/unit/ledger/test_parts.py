@@ -68,6 +68,15 @@ def test_one_part_holds_the_rows_of_all_commits(attempt: PartsAttempt) -> None:
     )  # fmt: skip
 
 
+def test_a_publication_leaves_two_files(attempt: PartsAttempt) -> None:
+    """However many commits it takes: one part, and the segment that refers to it."""
+    for number in range(1, 4):
+        attempt.commit([10 * number], [10 * number + 1])
+        attempt.commit([10 * number + 2])
+        attempt.publish(number)
+        assert 2 * number == len(attempt.run.fs.listdir(attempt.run.attempt_path(REF)))
+
+
 def test_sources_without_rows_need_no_part(attempt: PartsAttempt) -> None:
     """They are completed by the segment alone."""
     attempt.commit([1, 2], rows=0)
