@@ -1,7 +1,7 @@
-"""When the attempt must be done: a number in a node-local file, which may change.
+"""When the attempt must be done, and whether it is stopping: node-local files.
 
 Time limits can be raised and lowered while a job runs, and a signal to stop comes without
-warning.  The supervisor writes the file; a stage that asks for ``seconds_left`` reads it.
+warning.  The supervisor writes the files; stages that ask read them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 
 FILE_NAME = "deadline"
+STOPPING = "stopping"
 
 
 def write_deadline(directory: str, deadline: float) -> None:
@@ -27,3 +28,14 @@ def seconds_left(directory: str) -> float | None:
     with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
         return float(file.read()) - time.monotonic()
     return None
+
+
+def note_stopping(directory: str) -> None:
+    """Note that no more sources are admitted: the attempt ends when what runs is done."""
+    with open(os.path.join(directory, STOPPING), "w", encoding="ascii"):
+        pass
+
+
+def is_stopping(directory: str) -> bool:
+    """Return whether that has been noted."""
+    return os.path.exists(os.path.join(directory, STOPPING))

@@ -1,7 +1,8 @@
 """What an update costs beside the least it could: `python -m tests.measure_serving`.
 
 The floor moves the same bytes with one ``ray.put`` and one ``ray.get`` per worker, and checks
-nothing.  Prints one JSON object; seconds are medians over the rounds.
+nothing: no worker looks at a byte.  The second floor has every worker read every byte once, as
+whoever verifies a state must.  Prints one JSON object; seconds are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ def state(size_mib: int, version: int) -> dict[str, Any]:
     }
 
 
-def measure_floor(size_mib: int, workers: int, rounds: int) -> float:
-    """Return the seconds from putting the bytes until every worker has got them."""
+def measure_floor(size_mib: int, workers: int, rounds: int, *, read: bool) -> float:
+    """Return the seconds from putting the bytes until every worker has got, or read, them."""
     import ray
 
     @ray.remote(num_cpus=0)
     class Sink:
         def get(self, refs: list[Any]) -> int:
-            return len(ray.get(refs[0]))
+            got = ray.get(refs[0])
+            if read:
+                return max(int(part.view("u8").max()) for part in got.values())
+            return len(got)
 
     sinks = [Sink.remote() for _ in range(workers)]
-    ray.get([sink.get.remote([ray.put(b"warm")]) for sink in sinks])
+    ray.get([sink.get.remote([ray.put(state(1, 0))]) for sink in sinks])
     times = []
     for version in range(rounds):
         given = state(size_mib, version)
@@ -99,6 +103,12 @@ def measure_updates(
     return {name: round(value, 4) for name, value in medians.items()}
 
 
+def _beside(found: dict[str, float], floor: float, read: float) -> dict[str, float]:
+    gap = found["gap_s"]
+    of = {"gap_of_floor": round(gap / floor, 2), "gap_of_read_floor": round(gap / read, 2)}
+    return {**found, **of}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,7 +124,9 @@ def main() -> None:
     memory = max(8 << 30, 8 * 4 * (given.size_mib << 20))
     head = RayHead(temp, HeadResources(cpus=2, gpus=0, memory_bytes=memory))
     try:
-        floor = measure_floor(given.size_mib, given.workers, given.rounds)
+        sizes = (given.size_mib, given.workers, given.rounds)
+        floor = measure_floor(*sizes, read=False)
+        read = measure_floor(*sizes, read=True)
         paused = measure_updates(given.size_mib, given.workers, given.rounds, overlap=False)
         overlapped = measure_updates(given.size_mib, given.workers, given.rounds, overlap=None)
     finally:
@@ -126,8 +138,9 @@ def main() -> None:
                 "size_mib": given.size_mib,
                 "workers": given.workers,
                 "floor_s": round(floor, 4),
-                "paused_first": {**paused, "gap_of_floor": round(paused["gap_s"] / floor, 2)},
-                "default": {**overlapped, "gap_of_floor": round(overlapped["gap_s"] / floor, 2)},
+                "floor_read_s": round(read, 4),
+                "paused_first": _beside(paused, floor, read),
+                "default": _beside(overlapped, floor, read),
             },
             indent=1,
         )

@@ -134,8 +134,9 @@ class InlinePool:
         seconds_left: Callable[[], float | None],
         on_error: Callable[[BaseException], None] | None = None,
         restarts: Path | None = None,
+        attempt: Path | None = None,
     ) -> None:
-        self.oom_deaths = 0
+        self.oom_deaths, self._attempt = 0, attempt
         self._parts = parts
         self._on_error, self._restarts = on_error, restarts
         self._pipeline, self._groups, self._run_id = pipeline, groups, run_id
@@ -163,6 +164,7 @@ class InlinePool:
                 cpus=group.cpus,
                 gpus=group.gpus,
                 scratch=self._scratch / f"worker-{worker.group}-{worker.index}",
+                attempt=self._attempt,
             ),
             seconds_left=self._seconds_left,
             on_error=self._on_error,

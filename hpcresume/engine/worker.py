@@ -93,7 +93,11 @@ class StageWorker:
             outputs=Path(setup.outputs),
             parts=setup.parts,
             worker=Worker(
-                index=setup.index, cpus=setup.cpus, gpus=setup.gpus, scratch=scratch / name
+                index=setup.index,
+                cpus=setup.cpus,
+                gpus=setup.gpus,
+                scratch=scratch / name,
+                attempt=Path(setup.local),
             ),
             seconds_left=self._seconds_left,
             mark=Mark(setup.mark),

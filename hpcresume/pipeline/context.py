@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from hpcresume.deadline import is_stopping
 from hpcresume.errors import PipelineError, StageStartError
 from hpcresume.ids import ItemPath, encode_path
 from hpcresume.pipeline.child import (
@@ -205,12 +206,22 @@ class Worker:
         index: Number of this worker among those of its stage, from 0.
         cpus: Cores it holds.
         gpus: GPUs it holds.
+        attempt: Node-local directory of the attempt, None where there is no attempt.
     """
 
-    def __init__(self, *, index: int, cpus: float, gpus: float, scratch: Path) -> None:
+    def __init__(
+        self,
+        *,
+        index: int,
+        cpus: float,
+        gpus: float,
+        scratch: Path,
+        attempt: Path | None = None,
+    ) -> None:
         self.index = index
         self.cpus = cpus
         self.gpus = gpus
+        self.attempt = attempt
         self._scratch = scratch
         self._servers: list[_Server] = []
         self._ports: set[int] = set()
@@ -220,6 +231,11 @@ class Worker:
         """A node-local directory that lives as long as the worker."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the attempt takes no more sources, and ends when what is in flight is done."""
+        return self.attempt is not None and is_stopping(str(self.attempt))
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:

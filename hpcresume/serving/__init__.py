@@ -15,9 +15,11 @@ from hpcresume.serving.errors import (
     ServingError,
     StateError,
     UpdateInProgress,
+    UpdatesEndedError,
 )
 from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
-from hpcresume.serving.pool import Lease, ServingPool
+from hpcresume.serving.pool import ServingPool
+from hpcresume.serving.requests import Lease
 from hpcresume.serving.seats import PoolState, Served
 from hpcresume.serving.state import Part
 from hpcresume.serving.transport import (
@@ -51,6 +53,7 @@ __all__ = [
     "UpdateInProgress",
     "UpdatePolicy",
     "UpdateReport",
+    "UpdatesEndedError",
     "WorkerState",
     "get_transport",
     "register_transport",

@@ -37,6 +37,16 @@ class UpdateInProgress(ServingError):  # noqa: N818  # a state, as callers test 
     """A second update was asked for while one runs."""
 
 
+class UpdatesEndedError(ServingError):
+    """The pool takes no more updates."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no update is made any more: {reason}", reason=reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fields["reason"],)
+
+
 class PhaseFailedError(ServingError):
     """A phase of an update failed without an exception of the user's: a death, a hang.
 

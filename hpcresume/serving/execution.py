@@ -19,9 +19,10 @@ from typing import Any
 from hpcresume.serving.errors import PhaseFailedError, StateError
 from hpcresume.serving.host import Held
 from hpcresume.serving.members import Member, MemberDiedError
-from hpcresume.serving.policy import Phase, UpdatePolicy, UpdateReport
+from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport
 from hpcresume.serving.state import Manifest, describe
 from hpcresume.serving.update import EXPORTER, Answer, How, Step, Update
+from hpcresume.updates import Journal, UpdateStep
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Execution:
         new: The state to serve; built on the way where it is not given.
         on_step: Told before every step, and of None at the end.
         on_resumed: Told of every worker that takes requests again.
+        journal: Where every step is noted before it is taken.
     """
 
     update: Update
@@ -71,15 +73,18 @@ class Execution:
     new: Payload | None = None
     on_step: Callable[[Step | None], None] = lambda _: None
     on_resumed: Callable[[str], None] = lambda _: None
+    journal: Journal | None = None
     session: int = field(default_factory=lambda: next(_sessions))
     _name: str = field(default_factory=lambda: secrets.token_hex(8))
     _hurry: asyncio.Event = field(default_factory=asyncio.Event)
     _start: float = field(default_factory=time.monotonic)
     _paused_at: float | None = None
+    _cancel_s: float = 0.0
 
-    def cancel(self, error: BaseException) -> None:
-        """Wind the update up; what runs is given ``cancel_s``."""
+    def cancel(self, error: BaseException, *, within_s: float | None = None) -> None:
+        """Wind the update up; what runs is given ``within_s``, or the policy's ``cancel_s``."""
         self.update.cancelled = error
+        self._cancel_s = self.policy.cancel_s if within_s is None else within_s
         self._hurry.set()
 
     @property
@@ -96,11 +101,25 @@ class Execution:
             except StopIteration:
                 break
             self.on_step(step)
+            self._note(step.phase, self.update.old if step.is_old else step.version)
             answers = await self._perform(step)
         self.on_step(None)
         report = self.update.report
+        if report.outcome is not None:
+            self._note(report.outcome, report.version)
         report.size_bytes = self.new.manifest.size_bytes if self.new is not None else 0
         return report
+
+    def _note(self, step: Phase | Outcome, version: int | None) -> None:
+        if self.journal is None:
+            return
+        update = self.update
+        try:
+            self.journal.write(UpdateStep(self._name, step, update.old, update.new, version))
+        except OSError as error:
+            # The update itself needs no disk.
+            log.warning("how far this update comes is not noted any more: %s", error)
+            self.journal = None
 
     async def _perform(self, step: Step) -> dict[str, Answer]:
         begun = time.monotonic()
@@ -170,7 +189,7 @@ class Execution:
                 await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 pending = {call for call in pending if not call.done()}
                 if hurry.done():
-                    end = min(end, time.monotonic() + self.policy.cancel_s)
+                    end = min(end, time.monotonic() + self._cancel_s)
                     if pending:
                         await asyncio.wait(pending, timeout=end - time.monotonic())
                     return

@@ -36,6 +36,21 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """A worker's answer to a request.
+
+    Attributes:
+        version: Version that it held when the request ended.
+        value: What the worker's method returned.
+        began: Version that it held when the request began.
+    """
+
+    version: int
+    value: Any
+    began: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerHealth:
     """How a worker stands, by its own account.
 
@@ -115,8 +130,8 @@ class WorkerHost:
                 self.worker.concurrency,
             )
 
-    def request(self, method: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """Answer a request: the version that answered, and its value.
+    def request(self, method: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Reply:
+        """Answer a request.
 
         Raises:
             Retryable: The gate is closed, or the request was aborted.
@@ -139,11 +154,18 @@ class WorkerHost:
                 raise Retryable(version, "the request was aborted for an update") from cause
             if cause is not None:
                 raise cause
-            return version, value
+            return self._reply(version, value)
         finally:
             with self._gate:
                 self._in_flight -= 1
                 self._gate.notify_all()
+
+    def _reply(self, began: int, value: Any) -> Reply:
+        with self._gate:
+            held = self._held
+        if held is None:
+            raise Retryable(began, "the worker did not keep still while it was updated")
+        return Reply(held.version, value, began)
 
     @functools.cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -155,15 +177,16 @@ class WorkerHost:
     # The phases of an update, one at a time.
 
     def pause(self, session: int, mode: PauseMode) -> None:
-        """Close the gate, wait for the requests in flight, then stop the worker."""
+        """Close the gate, wait for the requests in flight unless they are kept, stop the worker."""
         self._session.enter(session)
         with self._gate:
             self._open, self._aborting = False, mode == "abort"
         if mode == "abort":
             self.worker.abort()
-        with self._gate:
-            self._gate.wait_for(lambda: self._in_flight == 0)
-            self._aborting = False
+        if mode != "keep":
+            with self._gate:
+                self._gate.wait_for(lambda: self._in_flight == 0)
+                self._aborting = False
         self.worker.pause(mode)
 
     def release(self, session: int) -> None:

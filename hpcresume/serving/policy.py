@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
+from typing import get_args
 
 from hpcresume.errors import ConfigError
 from hpcresume.serving.worker import PauseMode
@@ -64,7 +65,8 @@ class UpdatePolicy:
         min_serving: Workers without which the pool cannot go on.
         replace_dead: Start another worker in the place of a dead one.
         replacements: How often a place is filled again without having served in between.
-        pause: ``drain`` waits for requests in flight; ``abort`` has them answered at once.
+        pause: ``drain`` waits for requests in flight; ``abort`` has them answered at once;
+            ``keep`` has the worker's own ``pause`` hold them, to go on after the update.
         overlap: Push before the pause, so that it spans the commit alone; workers then hold
             two states while they serve, and cannot be ``in_place``.  None: where the
             worker's class has no ``release`` of its own, which makes room for the second.
@@ -100,8 +102,10 @@ class UpdatePolicy:
                 f"UpdatePolicy: min_serving={self.min_serving} has to be at least 1, "
                 f"retries={self.retries} and replacements={self.replacements} at least 0."
             )
-        if self.pause not in ("drain", "abort"):
-            raise ConfigError(f"UpdatePolicy: pause={self.pause!r}; give 'drain' or 'abort'.")
+        if self.pause not in get_args(PauseMode):
+            raise ConfigError(
+                f"UpdatePolicy: pause={self.pause!r}; give 'drain', 'abort' or 'keep'."
+            )
 
     def limit_s(self, phase: Phase) -> float:
         """Return how long a phase may take."""

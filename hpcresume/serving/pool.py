@@ -13,50 +13,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from hpcresume.errors import ConfigError, PoolUnrecoverable, describe
 from hpcresume.serving.conclusion import conclude, to_its_end
-from hpcresume.serving.errors import Retryable, ServingError, UpdateInProgress
+from hpcresume.serving.errors import (
+    Retryable,
+    ServingError,
+    UpdateInProgress,
+    UpdatesEndedError,
+)
 from hpcresume.serving.execution import Execution, Payload
-from hpcresume.serving.members import Arguments, Member, MemberDiedError, Places, RayPlaces
+from hpcresume.serving.exporting import Exporting
+from hpcresume.serving.members import Arguments, Member, Places, RayPlaces
 from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
+from hpcresume.serving.requests import Lease, Requests
 from hpcresume.serving.seats import PoolState, Seat, Served, Waiters
 from hpcresume.serving.transport import StateTransport, get_transport
 from hpcresume.serving.update import EXPORTER, Step, Update
 from hpcresume.serving.worker import StateExporter, StatefulWorker
+from hpcresume.updates import Journal
 
 log = logging.getLogger(__name__)
 
-_REROUTE_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A worker that is held for several requests of one caller.
-
-    Attributes:
-        worker: Its name.
-        version: Version that it served when the lease began.
-    """
-
-    worker: str
-    version: int
-    _pool: ServingPool
-    _seat: Seat
-
-    async def call(self, method: str, *arguments: Any, **named: Any) -> Served:
-        """Have this worker answer a request, with the lease's version or not at all.
-
-        Raises:
-            Retryable: The worker was paused for another version, or died; ask for a new lease.
-        """
-        served = await self._pool._ask(self._seat, method, arguments, named)
-        if served.version != self.version:
-            raise Retryable(served.version, "the worker serves another version by now")
-        return served
+_CLOSE_S = 2.0
+"""Whoever ends a stage waits a few seconds for its teardown, the clean-up after this included."""
 
 
 class ServingPool:
@@ -72,6 +55,7 @@ class ServingPool:
         worker_args: Arguments for the worker's class: positional ones and keywords.
         exporter_args: The same for the exporter's.
         places: Where members run; as actors of this process's Ray head unless given.
+        journal: Where every step of an update is noted before it is taken.
 
     Raises:
         ConfigError: An argument cannot be right.
@@ -88,23 +72,31 @@ class ServingPool:
         worker_args: Arguments = ((), {}),
         exporter_args: Arguments = ((), {}),
         places: Places | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.policy = policy or UpdatePolicy()
         _check(worker, n, exporter, self.policy)
-        self._kind, self._exporter_kind = worker, exporter
+        self._kind = worker
         self._transport = get_transport(transport)
-        self._worker_args, self._exporter_args = worker_args, exporter_args
-        self._places = places or RayPlaces()
+        self._worker_args = worker_args
+        self._places, self._journal = places or RayPlaces(), journal
         self._seats = {f"worker-{i}": Seat(f"worker-{i}", i) for i in range(n)}
-        self._exporter: Member | None = None
+        self._exporting = Exporting(exporter, exporter_args, self._transport, self._places)
         self._payload: Payload | None = None
         self._session = asyncio.Lock()
         self._updating: Execution | None = None
         self._update_waits = False
         self._unrecoverable: PoolUnrecoverable | None = None
         self._closed = False
+        self._no_updates = ""
         self._waiters = Waiters()
-        self._turn = 0
+        self._requests = Requests(
+            self._seats.values(),
+            self._waiters,
+            concurrency=worker.concurrency,
+            check_usable=self._check_usable,
+            version=lambda: self.version,
+        )
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -132,7 +124,7 @@ class ServingPool:
         """
         made = await asyncio.gather(
             *(self._fill(seat) for seat in self._seats.values()),
-            self._exporter_member(),
+            self._exporting.member(self.policy),
             return_exceptions=True,
         )
         failed = [error for error in made if isinstance(error, BaseException)]
@@ -161,78 +153,24 @@ class ServingPool:
             PoolUnrecoverable: No worker ever will.
             Exception: What the worker's method raised.
         """
-        while True:
-            seat = await self._free_seat(wait_s)
-            try:
-                return await self._ask(seat, method, arguments, named)
-            except Retryable as error:
-                if error.begun:
-                    raise
-                # The worker was paused while the request was on its way.
-                await self._waiters.wait(_REROUTE_S)
+        return await self._requests.call(method, arguments, named, wait_s=wait_s)
 
-    @contextlib.asynccontextmanager
-    async def lease(self, *, wait_s: float | None = None) -> AsyncGenerator[Lease, None]:
+    def lease(
+        self, *, wait_s: float | None = None
+    ) -> contextlib.AbstractAsyncContextManager[Lease]:
         """Hold a worker that serves, for several requests that one version has to answer.
 
         Raises:
             Retryable: No worker was free in time, or the pool is closed.
             PoolUnrecoverable: No worker ever will be.
         """
-        seat = await self._free_seat(wait_s)
-        version = self.version
-        assert version is not None
-        seat.in_flight += 1
-        try:
-            yield Lease(seat.name, version, self, seat)
-        finally:
-            seat.in_flight -= 1
-            self._waiters.wake()
-
-    async def _free_seat(self, wait_s: float | None) -> Seat:
-        loop = asyncio.get_running_loop()
-        end = None if wait_s is None else loop.time() + wait_s
-        while True:
-            self._check_usable()
-            room = [
-                seat
-                for seat in self._seats.values()
-                if seat.state is WorkerState.SERVING
-                and not seat.is_dead
-                and seat.in_flight < self._kind.concurrency
-            ]
-            if room:
-                seat = min(room, key=lambda seat: (seat.in_flight, seat.turn))
-                self._turn += 1
-                seat.turn = self._turn
-                return seat
-            left = None if end is None else end - loop.time()
-            if (left is not None and left <= 0) or not await self._waiters.wait(left):
-                raise Retryable(
-                    self.version, f"no worker was free within {wait_s:g} s", begun=False
-                )
+        return self._requests.lease(wait_s=wait_s)
 
     def _check_usable(self) -> None:
         if self._closed:
             raise Retryable(self.version, "the pool is closed", begun=False)
         if self._unrecoverable is not None:
             raise self._unrecoverable
-
-    async def _ask(
-        self, seat: Seat, method: str, arguments: Sequence[Any], named: Mapping[str, Any]
-    ) -> Served:
-        member, held = seat.member, self.version
-        assert member is not None
-        seat.in_flight += 1
-        try:
-            version, value = await member.call("request", method, arguments, named)
-        except MemberDiedError as error:
-            raise Retryable(held, f"{seat.name} died while it answered") from error
-        finally:
-            seat.in_flight -= 1
-            self._waiters.wake()
-        seat.fruitless = 0
-        return Served(version, value, seat.name)
 
     # Updates.
 
@@ -242,19 +180,7 @@ class ServingPool:
         Raises:
             ServingError: There is no exporter, or it does not answer within ``prepare_s``.
         """
-        exporter = await self._exporter_member()
-        if exporter is None:
-            raise ServingError("the pool has no exporter that could say which version is newest")
-        try:
-            async with asyncio.timeout(self.policy.prepare_s):
-                newest: int = await exporter.call("newest_version")
-        except (MemberDiedError, TimeoutError) as error:
-            await exporter.kill(self.policy.fence_s)
-            raise ServingError(
-                "the exporter does not say which version is newest: "
-                f"{describe(error)}. It is started again for the next question."
-            ) from error
-        return newest
+        return await self._exporting.newest_version(self.policy)
 
     async def update(self, version: int) -> UpdateReport:
         """Serve another version; see the module's contract.
@@ -267,6 +193,7 @@ class ServingPool:
 
         Raises:
             UpdateInProgress: An update runs already; nothing happens.
+            UpdatesEndedError: :meth:`end_updates` was called; the old version is served.
             ServingError: The version is not above that which is served; nothing happens.
             PoolUnrecoverable: No worker takes requests any more.
             Exception: What the update failed of, the same object that was raised, with the
@@ -275,7 +202,7 @@ class ServingPool:
                 ``ExceptionGroup``; the new version is served.
             CancelledError: The caller was cancelled; service is restored before it is raised.
         """
-        self._check_usable()
+        self._check_may_update()
         if self._update_waits or self._updating is not None:
             raise UpdateInProgress(f"version {version}: another update is in progress")
         if self.version is not None and version <= self.version:
@@ -284,7 +211,8 @@ class ServingPool:
         try:
             async with self._session:
                 await self._enough_running()
-                exporter = await self._exporter_member()
+                self._check_may_update()
+                exporter = await self._exporting.member(self.policy)
                 execution = self._execution(version, exporter)
                 self._updating = execution
                 return await to_its_end(self._run(execution), execution)
@@ -293,12 +221,24 @@ class ServingPool:
             self._refill_dead()
             self._waiters.wake()
 
+    def end_updates(self, reason: str) -> None:
+        """Begin no more updates and wind up one that runs; requests are answered on."""
+        self._no_updates = reason
+        if self._updating is not None:
+            self._updating.cancel(UpdatesEndedError(reason))
+        self._waiters.wake()
+
+    def _check_may_update(self) -> None:
+        self._check_usable()
+        if self._no_updates:
+            raise UpdatesEndedError(self._no_updates)
+
     async def _enough_running(self) -> None:
         """Wait for replacements of dead workers, where too few others are there."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.policy.start_s
         while len(self._running()) < self.policy.min_serving:
-            self._check_usable()
+            self._check_may_update()
             if not await self._waiters.wait(max(0.0, end - loop.time())):
                 raise ServingError(
                     f"only {len(self._running())} workers run after {self.policy.start_s:g} s"
@@ -362,6 +302,7 @@ class ServingPool:
             new=new,
             on_step=follow,
             on_resumed=resume,
+            journal=None if new is not None else self._journal,
         )
         return execution
 
@@ -515,22 +456,6 @@ class ServingPool:
                 await seat.member.kill(self.policy.fence_s)
         self._waiters.wake()
 
-    async def _exporter_member(self) -> Member | None:
-        """Return the exporter, made anew where it has died."""
-        if self._exporter_kind is None:
-            return None
-        if self._exporter is None or self._exporter.died.done():
-            member = self._places.exporter()
-            made = (self._exporter_kind, self._exporter_args, self._transport)
-            try:
-                async with asyncio.timeout(self.policy.start_s):
-                    await member.call("make", *made)
-            except BaseException:
-                await member.kill(self.policy.fence_s)
-                raise
-            self._exporter = member
-        return self._exporter
-
     async def ended(self, timeout_s: float) -> bool:
         """Wait until the pool is closed or unrecoverable; return whether it is."""
         loop = asyncio.get_running_loop()
@@ -546,14 +471,16 @@ class ServingPool:
         self._closed = True
         self._waiters.wake()
         if self._updating is not None:
-            self._updating.cancel(ServingError("the pool is closed"))
+            within_s = min(_CLOSE_S, self.policy.cancel_s)
+            self._updating.cancel(UpdatesEndedError("the pool is closed"), within_s=within_s)
         tasks = [s.refilling for s in self._seats.values() if s.refilling is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         async with self._session:
             members = [s.member for s in self._seats.values() if s.member is not None]
-            members += [self._exporter] if self._exporter is not None else []
+            exporter = self._exporting.holder
+            members += [exporter] if exporter is not None else []
             await asyncio.gather(*(member.end(self.policy.fence_s) for member in members))
             for seat in self._seats.values():
                 seat.state = WorkerState.RETIRED
@@ -575,6 +502,11 @@ def _check(
     if n < 1 or policy.min_serving > n:
         raise ConfigError(
             f"a pool of {n} workers cannot keep min_serving={policy.min_serving} of them."
+        )
+    if policy.pause == "keep" and worker.pause is StatefulWorker.pause:
+        raise ConfigError(
+            f"{worker.__name__} overrides no pause(), which would have to hold the requests in "
+            "flight. Override it and resume(), or set pause='drain' or 'abort'."
         )
     if policy.overlap and worker.in_place:
         raise ConfigError(

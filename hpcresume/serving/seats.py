@@ -18,11 +18,13 @@ class Served:
         version: Version of the state that made it; one, whatever happened meanwhile.
         value: What the worker's method returned.
         worker: Name of the worker.
+        began: Version that it was begun with, another one only with ``pause="keep"``.
     """
 
     version: int
     value: Any
     worker: str
+    began: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -18,16 +19,18 @@ from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.sentinels import Many
 from hpcresume.pipeline.stage import Stage
 from hpcresume.serving.blocking import BlockingPool
-from hpcresume.serving.errors import Retryable, UpdateInProgress
+from hpcresume.serving.errors import Retryable, UpdateInProgress, UpdatesEndedError
 from hpcresume.serving.members import Arguments, LocalPlaces, Places, RayPlaces
 from hpcresume.serving.policy import UpdatePolicy, UpdateReport
 from hpcresume.serving.pool import ServingPool
 from hpcresume.serving.transport import StateTransport
 from hpcresume.serving.worker import StateExporter, StatefulWorker
+from hpcresume.updates import Journal, journal_path
 
 log = logging.getLogger(__name__)
 
 _TRIES = 3
+_LOOK_S = 0.25
 
 
 class ServingStage(Stage):
@@ -45,7 +48,8 @@ class ServingStage(Stage):
         refresh_every_s: Ask the exporter this often for its newest version, and serve it;
             None: only :meth:`refresh` replaces the state.
         version_field: Where rows that are dicts name their version; None: nowhere.
-        first_version: Version to begin with, where no exporter says which is newest.
+        first_version: Version to begin with, where no exporter says which is newest; a stage
+            that is started again within an attempt goes on from the version it had reached.
         transport: How states travel.
         policy: Deadlines, and what an update may do.
         worker_args: Arguments for the worker's class: positional ones and keywords.
@@ -90,6 +94,11 @@ class ServingStage(Stage):
                 f"refresh_every_s={refresh_every_s!r} needs an exporter that is asked, and more "
                 "than 0 seconds."
             )
+        if policy is not None and policy.pause == "keep":
+            raise PipelineError(
+                "pause='keep' lets one answer be made by two versions, and a stage's rows name "
+                "one. Set pause='drain' or 'abort', or use a ServingPool, whose answers say both."
+            )
         self.name = name or type(self).name
         self.cpus = size if cpus is None else cpus
         self.gpus = gpus
@@ -103,16 +112,25 @@ class ServingStage(Stage):
 
     def setup(self, worker: Worker) -> None:
         """Make the pool and bring it to its first version."""
-        del worker
         _pickle_by_value(self._kind, self._exporter)
-        self._front = front = BlockingPool(self._make_pool)
+        journal = self._journal(worker)
+        reached = self._first_version
+        if journal is not None and (last := journal.last()) is not None:
+            log.warning("stage %r is started again after its %s", self.name, last)
+            reached = max(reached, last.served or 0)
+        self._front = front = BlockingPool(lambda: self._make_pool(journal))
         front.start()
-        newest = self._first_version if self._exporter is None else front.newest_version()
-        front.update(newest)
+        front.update(reached if self._exporter is None else front.newest_version())
         if self._refresh_every_s is not None:
             front.submit(self._keep_fresh(self._refresh_every_s))
+        front.submit(self._heed_stop(worker))
 
-    def _make_pool(self) -> ServingPool:
+    def _journal(self, worker: Worker) -> Journal | None:
+        if worker.attempt is None:
+            return None
+        return Journal(journal_path(str(worker.attempt), self.name))
+
+    def _make_pool(self, journal: Journal | None) -> ServingPool:
         return ServingPool(
             self._kind,
             self._size,
@@ -122,6 +140,7 @@ class ServingStage(Stage):
             worker_args=self._worker_args,
             exporter_args=self._exporter_args,
             places=self._places(),
+            journal=journal,
         )
 
     def _places(self) -> Places:
@@ -182,10 +201,27 @@ class ServingStage(Stage):
         return value
 
     async def refresh(self, version: int) -> UpdateReport:
-        """Serve another version; what it raises is that of :meth:`ServingPool.update`."""
+        """Serve another version; what it raises is that of :meth:`ServingPool.update`.
+
+        Where the attempt is stopping it does not return: the item that asked stays in flight,
+        so that nobody is charged for it, and belongs to the next attempt.
+        """
         assert self._front is not None
-        work = self._front.pool.update(version)
-        return await asyncio.wrap_future(self._front.submit(work))
+        pool = self._front.pool
+        try:
+            return await asyncio.wrap_future(self._front.submit(pool.update(version)))
+        except UpdatesEndedError:
+            await asyncio.wrap_future(self._front.submit(pool.ended(math.inf)))
+            raise
+
+    async def _heed_stop(self, worker: Worker) -> None:
+        """End updates when the attempt is to end, so that what is parked is answered in time."""
+        assert self._front is not None
+        pool = self._front.pool
+        while not await pool.ended(_LOOK_S):
+            if worker.is_stopping:
+                pool.end_updates("the attempt is stopping")
+                return
 
     async def _keep_fresh(self, every_s: float) -> None:
         """Serve the exporter's newest version until the pool ends; in the pool's loop."""
@@ -196,6 +232,8 @@ class ServingStage(Stage):
                 newest = await pool.newest_version()
                 if pool.version is None or newest > pool.version:
                     await pool.update(newest)
+            except UpdatesEndedError:
+                return
             except (PoolUnrecoverable, UpdateInProgress):
                 continue
             except Exception as error:

@@ -216,7 +216,7 @@ class Update:
                 self._holds[name] = version
                 self.states[name] = WorkerState.STAGED
             else:
-                self._blame(answer.error)
+                self._blame_answer(answer)
         return [n for n in self._alive(names) if self._holds[n] is None]
 
     def _bring_back(self) -> Steps[None]:
@@ -327,7 +327,7 @@ class Update:
             if answer.how is How.RAISED or (answer.is_lost and lost_is_fatal)
         ]
         for answer in bad:
-            self._blame(answer.error)
+            self._blame_answer(answer)
         if not bad and not self._enough_alive():
             bad = [answer for answer in answers.values() if answer.is_lost]
             self._blame(bad[0].error if bad else None)
@@ -373,6 +373,11 @@ class Update:
     def _blame(self, error: BaseException | None) -> None:
         if self.report.primary is None:
             self.report.primary = error
+
+    def _blame_answer(self, answer: Answer) -> None:
+        """Blame what a call failed of; of one that was cut short, why it was."""
+        is_cut_short = answer.how is How.HUNG and self.cancelled is not None
+        self._blame(self.cancelled if is_cut_short else answer.error)
 
     def _need_enough(self) -> None:
         if not self._enough_alive():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from hpcresume.serving.errors import StateError
 from hpcresume.serving.state import Part
 
-PauseMode = Literal["drain", "abort"]
+PauseMode = Literal["drain", "abort", "keep"]
 
 
 class StatefulWorker:
@@ -36,7 +36,12 @@ class StatefulWorker:
     _staged: dict[str, Any] | None = None
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop the engine; nothing is in flight any more, and no request comes in."""
+        """Stop the engine; no request comes in any more.
+
+        With ``drain`` and ``abort`` none is in flight either.  With ``keep`` those in flight
+        must stand still from when this returns until :meth:`resume`, and then go on with
+        the state that is served by then.
+        """
 
     def abort(self) -> None:
         """Make the requests in flight end soon; they are answered as retryable."""

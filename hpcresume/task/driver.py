@@ -184,10 +184,15 @@ class Driver:
         self._write_state()
         last = self._committer.flush()
         self._report()
-        pool.close(_CLOSE_S)
+        pool.close(self._close_s())
         if observing is not None:
             observing.close(_CLOSE_S)
         return Ended(kind, reason, last, stage)
+
+    def _close_s(self) -> float:
+        """Return how long teardowns may take: at a stop, what is left of the time to drain."""
+        left = 0.0 if self._deadline is None else self._deadline - time.monotonic()
+        return max(_CLOSE_S, left)
 
     def _observe(self, pipeline: Pipeline, run: RunDir) -> Observing | None:
         if pipeline.observer is None:
@@ -238,6 +243,7 @@ class Driver:
                 parts=parts,
                 seconds_left=lambda: seconds_left(spec.local),
                 restarts=Path(run.restarts),
+                attempt=Path(spec.local),
             )
         # Ray reads its settings when it is imported.
         prepare_environment()

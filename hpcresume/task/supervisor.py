@@ -31,7 +31,7 @@ import msgspec
 from hpcresume import slurm
 from hpcresume.config.env_file import read_env_file
 from hpcresume.config.settings import Settings
-from hpcresume.deadline import write_deadline
+from hpcresume.deadline import note_stopping, write_deadline
 from hpcresume.engine.ray_places import check_ray_places
 from hpcresume.errors import EXIT_SAVED, HpcResumeError
 from hpcresume.failpoints import failpoint
@@ -93,6 +93,7 @@ from hpcresume.task.scratch import (
 )
 from hpcresume.task.shard import left_of_shard
 from hpcresume.task.time_limit import TimeLimit
+from hpcresume.updates import interrupted
 
 _TICK_S = 0.5
 _RECOVER_S = 120.0
@@ -500,6 +501,7 @@ class Supervisor:
         state.stop_deadline = time.monotonic() + drain_s
         say(f"{reason}: no more sources are admitted; up to {drain_s:.0f} s to drain")
         self._tell_deadline(state.stop_deadline)
+        note_stopping(self._scratch.path)
         # Half of the budget is for what runs, half for publishing what it leads to.
         state.driver_deadline = time.monotonic() + drain_s / 2
         self._order_driver(Stop(state.driver_deadline))
@@ -536,6 +538,8 @@ class Supervisor:
             self._state.out_of_memory = self._ran_out_of_memory()
             if self._state.out_of_memory:
                 self._state.driver_died += f": {self._shortage()}"
+            for stage, step in interrupted(self._scratch.path).items():
+                self._state.driver_died += f"; stage {stage!r} was in the middle of its {step}"
             say(self._state.driver_died)
 
     def _ran_out_of_memory(self) -> bool:

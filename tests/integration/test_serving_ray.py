@@ -30,6 +30,7 @@ from tests.support.serving import (
     QUICK,
     WORKER_PHASES,
     BoomError,
+    Faulty,
     InPlace,
     PoolCase,
     eventually,
@@ -117,8 +118,16 @@ async def _after_a_fault(case: PoolCase, who: str, phase: str, how: str, which: 
     assert 2 == len({(await case.pool.call("look")).worker for _ in range(2)})
 
 
-@pytest.mark.parametrize("how", ["raise", "hang", "die"])
-def test_every_phase_of_one(tmp_path: Path, how: str) -> None:
+ONE = [
+    pytest.param("die", WORKER_PHASES + EXPORTER_PHASES, id="die"),
+    pytest.param("hang", ("stage",), id="hang-in-the-push"),
+    pytest.param("raise", WORKER_PHASES + EXPORTER_PHASES, id="raise", marks=pytest.mark.slow),
+    pytest.param("hang", WORKER_PHASES + EXPORTER_PHASES, id="hang", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("how", "phases"), ONE)
+def test_every_phase_of_one(tmp_path: Path, how: str, phases: tuple[str, ...]) -> None:
     """
     In every phase one worker, or the exporter, raises, hangs or dies; each update ends
     within its deadline with one verified version on all that serve, and who was lost is
@@ -127,7 +136,8 @@ def test_every_phase_of_one(tmp_path: Path, how: str) -> None:
 
     async def product() -> None:
         async with pool_of(tmp_path, n=2, places=RayPlaces(), policy=PATIENT) as case:
-            for who, phase, _, which in (f for f in FAULTS if f[2:] == (how, "one")):
+            chosen = [f for f in FAULTS if f[2:] == (how, "one") and f[1] in phases]
+            for who, phase, _, which in chosen:
                 await _after_a_fault(case, who, phase, how, which)
 
     run(product())
@@ -146,14 +156,22 @@ def test_every_phase_of_all(tmp_path: Path, how: str) -> None:
     run(product())
 
 
-def test_random_schedules(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "updates"),
+    [
+        pytest.param(InPlace, 3, id="in-place"),
+        pytest.param(InPlace, 8, id="in-place-long", marks=pytest.mark.slow),
+        pytest.param(Faulty, 8, id="staged-long", marks=pytest.mark.slow),
+    ],
+)
+def test_random_schedules(tmp_path: Path, kind: type[Faulty], updates: int) -> None:
     """Several faults at once, by chance: the contract holds after every update, in place too."""
     rng = random.Random(7)
 
-    async def schedule(kind: type) -> None:
+    async def schedule() -> None:
         policy = replace(PATIENT, **{f"{phase}_s": 1.5 for phase in PHASES})
         async with pool_of(tmp_path, n=3, kind=kind, places=RayPlaces(), policy=policy) as case:
-            for version in range(2, 8):
+            for version in range(2, 2 + updates):
                 for who, phase, _, which in rng.sample(FAULTS, 2):
                     how = rng.choice(["raise", "hang", "die"])
                     case.faults.arm(
@@ -168,13 +186,7 @@ def test_random_schedules(tmp_path: Path) -> None:
                 case.faults.disarm()
                 await eventually(lambda: len(case.pool.state().serving) == 3, "all serve", 120)
 
-    async def both() -> None:
-        from tests.support.serving import Faulty
-
-        await schedule(Faulty)
-        await schedule(InPlace)
-
-    run(both())
+    run(schedule())
 
 
 def test_the_loop_is_never_blocked(tmp_path: Path) -> None:
@@ -230,7 +242,7 @@ def test_the_state_outlives_the_exporter(tmp_path: Path) -> None:
 
     async def case() -> None:
         async with pool_of(tmp_path, n=2, places=RayPlaces(), policy=PATIENT) as case:
-            await case.pool._exporter.kill(20)
+            await case.pool._exporting.holder.kill(20)
             seat = case.pool._seats["worker-1"]
             await seat.member.kill(20)
             await eventually(lambda: len(case.pool.state().serving) == 2, "it is replaced", 120)

@@ -7,10 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.support.cli import Command, logs_of
-from tests.support.serving_pipeline import serve_result, write_serve
+from tests.support.cli import Command, logs_of, wait_until
+from tests.support.serving_pipeline import serve_result, write_push, write_serve
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
@@ -36,6 +37,7 @@ def submit(tmp_path: Path, pipeline: str, *options: str, rc: int | None = 0) -> 
     return command
 
 
+@pytest.mark.slow
 def test_an_unrecoverable_pool_restarts_the_task(tmp_path: Path) -> None:
     """
     All workers die of a push: the attempt publishes what it completed and ends as
@@ -80,6 +82,41 @@ def test_a_pool_that_never_recovers_ends_the_run(tmp_path: Path) -> None:
     ends = outcomes(tmp_path / "run")
     assert {("saved", "pool-unrecoverable")} == {(o["state"], o["kind"]) for o in ends}
     assert len(ends) == len((tmp_path / "flag").read_text())
+
+
+def test_a_driver_that_dies_in_the_middle_of_an_update(tmp_path: Path) -> None:
+    """
+    The outcome names the update that the death interrupted; the next attempt makes its pool
+    anew, and the run ends complete.
+    """
+    write_push(tmp_path)
+    command = Command(tmp_path)
+    (tmp_path / "local").mkdir()
+    where = ("--cluster", "local", "--run-dir", "run", "--local-dir", str(tmp_path / "local"))
+    params = ("-P", f"place={tmp_path}", "-P", "n=60", "--engine", "inline")
+    process = command.start("submit", "push.py", *where, *params)
+    run = tmp_path / "run"
+    try:
+        wait_until(
+            (tmp_path / "hangs").exists, timeout_s=120, describe=lambda: logs_of(tmp_path / "run")
+        )
+        (driver,) = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "hpcresume.task.driver" in child.cmdline()
+        ]
+        driver.kill()
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert 0 == process.returncode, f"{out}\n{err}"
+    first, *_ = outcomes(run)
+    assert "driver-died" == first["kind"]
+    told = "stage 'serve' was in the middle of its update from version 1 to 2, in phase 'transfer'"
+    assert told in first["reason"], first
+    assert list(range(60)) == [row["i"] for row in rows_of(command, run)]
 
 
 def test_rollouts_under_fire(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ class Faults:
     def say_newest(self, version: int) -> None:
         """Have the exporter call a version the newest."""
         Path(self.path, "newest").write_text(str(version))
+
+    def let_end(self) -> None:
+        """Let the requests that wait for it end."""
+        Path(self.path, "end").touch()
 
     def forget(self) -> None:
         """Start a new list of events."""
@@ -223,6 +228,34 @@ class Source(StateExporter):
         self._happen("finalize")
 
 
+class Keeper(Faulty):
+    """Holds the request in flight over an update, as an engine that can be stopped does."""
+
+    def __init__(self, faults: Faults) -> None:
+        super().__init__(faults)
+        self.moves = threading.Event()
+        self.moves.set()
+
+    def slow(self) -> set[int]:
+        """Read the state again and again until told to end; note the values that were seen."""
+        seen: set[int] = set()
+        while not os.path.exists(os.path.join(self.faults.path, "end")):
+            self.moves.wait()
+            seen |= self.look()[0]
+            if len(seen) == 1:
+                self.faults.happen("worker", "slow", self.me)
+            time.sleep(0.005)
+        return seen
+
+    def pause(self, mode: str) -> None:
+        self.moves.clear()
+        super().pause(mode)
+
+    def resume(self) -> None:
+        super().resume()
+        self.moves.set()
+
+
 @dataclass
 class PoolCase:
     """A pool of faulty workers and what it did."""
@@ -248,7 +281,8 @@ class PoolCase:
                 continue
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(20):
-                    version, (values, thinks) = await seat.member.call("request", "look", (), {})
+                    reply = await seat.member.call("request", "look", (), {})
+                    version, (values, thinks) = reply.version, reply.value
                     assert {version} == values, (version, values, thinks)
                     found.add(version)
         served = self.pool.state().version
@@ -267,6 +301,7 @@ async def pool_of(
     places: Any = None,
     transport: Any = "object",
     version: int | None = 1,
+    journal: Any = None,
 ) -> AsyncGenerator[PoolCase, None]:
     """Run a pool that serves a version; in this process unless ``places`` says otherwise."""
     directory = tmp_path / f"faults-{time.monotonic_ns()}"
@@ -279,6 +314,7 @@ async def pool_of(
         policy=policy,
         places=places or LocalPlaces(),
         transport=transport,
+        journal=journal,
         worker_args=((faults,), {}),
         exporter_args=((faults,), {}) if exporter is Source else ((), {}),
     )

@@ -67,6 +67,92 @@ def pipeline(n: int = 60, fatal: int = 30, always: bool = False, dies: bool = Tr
 '''
 
 
+PUSH = '''
+import os
+import time
+
+import hpcresume as hr
+from hpcresume.serving import StateExporter, StatefulWorker, UpdatePolicy
+
+
+def note(path, what):
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, f"{what}\\n".encode())
+    os.close(fd)
+
+
+class Model(StatefulWorker):
+    """Is paused for a push, and hangs in the first one of version 2, once in the run."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def release(self):
+        pass
+
+    def stage(self, version, parts):
+        if version == 2:
+            try:
+                open(f"{self.place}/hangs", "x").close()
+            except FileExistsError:
+                pass
+            else:
+                while True:
+                    time.sleep(0.05)
+        super().stage(version, parts)
+
+    def finalize(self, version):
+        super().finalize(version)
+        note(f"{self.place}/events", f"finalize-{version}")
+
+    def restore(self):
+        note(f"{self.place}/events", f"restore-{self.version}")
+
+    def resume(self):
+        note(f"{self.place}/events", f"resume-{self.version}")
+
+    def process(self, i):
+        note(f"{self.place}/calls", i)
+        time.sleep(0.02)
+        return {"i": i, "made_by": bytes(self.state["name"]).decode()}
+
+
+class Trainer(StateExporter):
+    """Has version 2 once 30 items were answered."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def newest_version(self):
+        try:
+            with open(f"{self.place}/calls") as file:
+                return 1 + (len(file.readlines()) >= 30)
+        except FileNotFoundError:
+            return 1
+
+    def export(self, version):
+        return {"name": b"version %d" % version}
+
+    def finalize(self, version):
+        note(f"{self.place}/events", f"trainer-{version}")
+
+
+def pipeline(place: str, n: int = 200):
+    arguments = ((place,), {})
+    stage = hr.ServingStage(Model, 2, exporter=Trainer, worker_args=arguments,
+                            exporter_args=arguments, refresh_every_s=0.1,
+                            policy=UpdatePolicy(cancel_s=1), name="serve")
+    return hr.Pipeline(name="push", sources=hr.indexed(n), stages=[stage])
+'''
+
+
+def write_push(directory: Path) -> Path:
+    """Write the pipeline whose push hangs and return its path."""
+    path = directory / "push.py"
+    path.write_text(PUSH)
+    return path
+
+
 def write_serve(directory: Path) -> Path:
     """Write the pipeline and return its path."""
     path = directory / "serve.py"

@@ -15,7 +15,7 @@ from tests.support.places import REPOSITORY, run_child
 
 PACKAGE = REPOSITORY / "hpcresume"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "ids", "failpoints", "deadline", "memory"}
+FLOOR = {"errors", "ids", "failpoints", "deadline", "memory", "updates"}
 """What every room may import."""
 
 RUN = {"fs", "segment", "run"}
@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "failpoints": set(),
     "deadline": set(),
     "memory": set(),
+    "updates": set(),
     "fs": set(),
     "config": set(),
     "slurm": set(),

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from hpcresume.serving import Retryable, ServingError, StateError, StateExporter, StatefulWorker
-from hpcresume.serving.host import ExporterHost, Held, WorkerHost
+from hpcresume.serving.host import ExporterHost, Held, Reply, WorkerHost
 from hpcresume.serving.transport import ObjectTransport
 
 TRANSPORT = ObjectTransport()
@@ -60,8 +60,8 @@ def test_a_gate_opens_over_a_verified_state_only() -> None:
         host.resume(1, Held(2, held.digest))
     host.resume(1, held)
 
-    assert (1, b"hello") == host.request("text", (), {})
-    assert (1, b"hello") == host.request("later", (), {})
+    assert Reply(1, b"hello", 1) == host.request("text", (), {})
+    assert Reply(1, b"hello", 1) == host.request("later", (), {})
     assert (held, True, 0, os.getpid()) == (
         *((h := host.health()).held, h.is_open, h.in_flight),
         h.pid,
@@ -98,7 +98,7 @@ def test_an_older_session_changes_nothing() -> None:
         with pytest.raises(ServingError, match="session 1 is over"):
             late()
 
-    assert (1, b"hello") == host.request("text", (), {})
+    assert Reply(1, b"hello", 1) == host.request("text", (), {})
 
 
 def test_commit_may_be_asked_for_twice() -> None:
@@ -125,7 +125,7 @@ def test_a_worker_that_serves_is_not_changed() -> None:
         host.resume(1, push(host, 1, 1))
         with pytest.raises(ServingError, match="that serves"):
             push(host, 2, 2)
-        assert (1, b"hello") == host.request("text", (), {})
+        assert Reply(1, b"hello", 1) == host.request("text", (), {})
 
 
 def test_a_failed_commit_leaves_nothing_that_serves() -> None:
@@ -191,4 +191,77 @@ def test_pause_waits_for_what_is_in_flight() -> None:
     asked.join(20)
 
     assert (1, False) == (refused.value.version, refused.value.begun)
-    assert [(1, b"hello")] == answers
+    assert [Reply(1, b"hello", 1)] == answers
+
+
+class Frozen(Echo):
+    """Holds a request in flight from ``pause`` to ``resume``; ``break_loose`` lets it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.move = threading.Event(), threading.Event()
+
+    def work(self) -> bytes:
+        self.entered.set()
+        assert self.move.wait(20)
+        return self.text()
+
+    def resume(self) -> None:
+        self.move.set()
+
+
+def test_what_is_kept_in_flight_goes_on_after_the_update() -> None:
+    """
+    With ``keep`` pause does not wait for a request that the worker holds; it is answered
+    after the update, and the answer names the versions of its begin and its end.
+    """
+    host = make(Frozen)
+    host._held = push(host, 1, 1)
+    host._open = True
+    answers: list[object] = []
+    asked = threading.Thread(target=lambda: answers.append(host.request("work", (), {})))
+    asked.start()
+    assert host.worker.entered.wait(20)
+    host.pause(2, "keep")
+    assert (False, 1) == ((h := host.health()).is_open, h.in_flight)
+    host.resume(2, push(host, 2, 2, b"new"))
+    asked.join(20)
+
+    assert [Reply(2, b"new", 1)] == answers
+
+
+def test_a_request_that_is_not_held_is_not_answered() -> None:
+    """What ends while nobody knows which version the worker holds is retryable."""
+
+    class Loose(Frozen):
+        in_place = True
+
+        def apply(self, version, parts):
+            self.state = {part.name: part.data for part in parts}
+            self.move.set()
+            asked.join(20)
+
+    host = make(Loose)
+    host._held = push_in_place(host)
+    host._open = True
+    errors: list[Retryable] = []
+
+    def ask() -> None:
+        try:
+            host.request("work", (), {})
+        except Retryable as error:
+            errors.append(error)
+
+    asked = threading.Thread(target=ask)
+    asked.start()
+    assert host.worker.entered.wait(20)
+    host.pause(2, "keep")
+    push(host, 2, 2)
+
+    assert [(1, True)] == [(error.version, error.begun) for error in errors]
+
+
+def push_in_place(host: WorkerHost) -> Held:
+    """Give a worker a first state without its own ``apply``."""
+    host.worker.state = {"text": b"old"}
+    return Held(1, "0" * 64)

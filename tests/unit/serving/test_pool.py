@@ -22,15 +22,18 @@ from hpcresume.serving import (
     UpdateInProgress,
     UpdatePolicy,
     UpdateReport,
+    UpdatesEndedError,
 )
 from hpcresume.serving.members import LocalPlaces
 from hpcresume.serving.policy import Outcome, WorkerState
 from hpcresume.serving.transport import ObjectTransport
+from hpcresume.updates import Journal, UpdateStep
 from tests.support.serving import (
     QUICK,
     BoomError,
     Faulty,
     InPlace,
+    Keeper,
     eventually,
     pool_of,
     run,
@@ -287,6 +290,24 @@ def test_too_few_workers_are_unrecoverable(tmp_path: Path) -> None:
     run(case())
 
 
+@pytest.mark.parametrize(("min_serving", "serve_on"), [(1, True), (2, False)])
+def test_the_loss_of_a_worker_may_be_fatal(
+    tmp_path: Path, min_serving: int, serve_on: bool
+) -> None:
+    """A worker lost after the commit leaves a smaller pool, or none where all are needed."""
+
+    async def case() -> None:
+        policy = replace(QUICK, min_serving=min_serving)
+        async with pool_of(tmp_path, n=2, policy=policy) as case:
+            case.faults.arm("worker", "resume", "raise")
+            error = await case.try_update(2)
+            assert serve_on == isinstance(error, BoomError)
+            assert (not serve_on) == isinstance(error, PoolUnrecoverable)
+            assert ({2} if serve_on else set()) == await case.check_contract()
+
+    run(case())
+
+
 def test_a_cancelled_update_restores_service_first(tmp_path: Path) -> None:
     """
     An update cancelled in a hanging push ends within its grace: the hanging worker is
@@ -393,6 +414,139 @@ def test_an_aborted_request_is_retryable(tmp_path: Path) -> None:
             with pytest.raises(Retryable) as raised:
                 await asked
             assert (1, True) == (raised.value.version, raised.value.begun)
+
+    run(case())
+
+
+def test_a_kept_request_goes_on_with_the_new_version(tmp_path: Path) -> None:
+    """
+    With ``pause="keep"`` an update does not wait for a long request: it stands still and goes
+    on, and its answer names the version of its begin and that of its end.
+    """
+
+    async def case() -> None:
+        policy = replace(QUICK, pause="keep")
+        async with pool_of(tmp_path, n=1, kind=Keeper, policy=policy) as case:
+            asked = asyncio.ensure_future(case.pool.call("slow"))
+            await eventually(lambda: "worker.slow" in case.faults.events(), "it runs")
+            report = await case.pool.update(2)
+            assert (Outcome.COMMITTED, False) == (report.outcome, asked.done())
+            case.faults.let_end()
+            served = await asked
+            assert (1, 2) == (served.began, served.version)
+            assert served.value <= {1, 2}
+            later = await case.pool.call("look")
+            assert (2, 2) == (later.began, later.version)
+
+    run(case())
+
+
+def test_a_kept_request_survives_a_roll_back(tmp_path: Path) -> None:
+    """A request that is held over an update that fails is answered by the old version."""
+
+    async def case() -> None:
+        policy = replace(QUICK, pause="keep")
+        async with pool_of(tmp_path, n=1, kind=Keeper, policy=policy) as case:
+            asked = asyncio.ensure_future(case.pool.call("slow"))
+            await eventually(lambda: "worker.slow" in case.faults.events(), "it runs")
+            case.faults.arm("worker", "stage", "raise")
+            assert isinstance(await case.try_update(2), BoomError)
+            case.faults.let_end()
+            served = await asked
+            assert (1, 1, {1}) == (served.began, served.version, served.value)
+
+    run(case())
+
+
+def test_updates_can_be_ended(tmp_path: Path) -> None:
+    """
+    A pool that is to take no more updates winds up the one that hangs, answers what it had
+    parked, serves on, and refuses the next update.
+    """
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=2, policy=replace(QUICK, cancel_s=HANG_S)) as case:
+            case.faults.arm("worker", "stage", "hang")
+            update = asyncio.ensure_future(case.try_update(2))
+            await eventually(lambda: "worker.stage" in case.faults.events(), "the push begins")
+            parked = asyncio.ensure_future(case.pool.call("look"))
+            await asyncio.sleep(0)
+            case.pool.end_updates("the attempt is stopping")
+            assert 1 == (await parked).version
+            assert isinstance(await update, UpdatesEndedError)
+            events = case.faults.events()
+            back = events[events.index("exporter.finalize") :]
+            assert ["worker.finalize", "worker.restore", "worker.resume"] == back[1:4]
+            with pytest.raises(UpdatesEndedError, match="stopping"):
+                await case.pool.update(2)
+            assert {1} == await case.check_contract()
+
+    run(case())
+
+
+def test_a_journal_tells_how_far_an_update_came(tmp_path: Path) -> None:
+    """Every step is noted before it is taken; what ended, and how, is noted at the end."""
+
+    async def case() -> list[UpdateStep]:
+        journal = Journal(str(tmp_path / "updates" / "pool"))
+        seen: list[UpdateStep] = []
+        async with pool_of(tmp_path, n=1, journal=journal) as case:
+            case.faults.arm("worker", "stage", "slow")
+            update = asyncio.ensure_future(case.try_update(2))
+            await eventually(lambda: "worker.stage" in case.faults.events(), "the push begins")
+            seen.append(journal.last())
+            case.faults.disarm()
+            await update
+            seen.append(journal.last())
+            case.faults.arm("exporter", "export", "raise")
+            await case.try_update(3)
+            return [*seen, journal.last()]
+
+    during, after, failed = run(case())
+
+    found = [(s.step, s.from_version, s.to_version, s.served) for s in (during, after, failed)]
+    assert [("transfer", 1, 2, 1), ("committed", 1, 2, 2), ("rolled_back", 2, 3, 2)] == found
+    assert [False, True, True] == [s.is_over for s in (during, after, failed)]
+    assert during.session == after.session != failed.session
+
+
+def test_an_update_needs_no_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the journal cannot be written the update goes on, and the log says so."""
+
+    journal = Journal(str(tmp_path / "updates" / "pool"))
+    Path(journal.path).mkdir()
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=1, journal=journal) as case:
+            assert {1} == await case.check_contract()
+
+    run(case())
+
+    assert 1 == caplog.text.count("is not noted any more")
+
+
+@pytest.mark.parametrize("phase", ["commit", "resume"])
+def test_a_worker_that_holds_something_else_is_fenced(tmp_path: Path, phase: str) -> None:
+    """What a worker says that it holds is compared with what was pushed, before it serves."""
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=3, policy=replace(QUICK, replace_dead=False)) as case:
+            host = case.pool._seats["worker-1"].member.host
+            method = getattr(host, phase)
+
+            def other(*arguments: object) -> object:
+                answer = method(*arguments) if phase == "commit" else None
+                if phase == "commit":
+                    return replace(answer, digest="0" * 64)
+                host._held = replace(host._held, version=7)
+                return method(*arguments)
+
+            setattr(host, phase, other)
+            result = await case.try_update(2)
+            report = result if isinstance(result, UpdateReport) else result.update_report
+            assert (Outcome.COMMITTED, ["worker-1"]) == (report.outcome, list(report.fenced))
+            assert {2} == await case.check_contract()
+            assert ["worker-0", "worker-2"] == case.pool.state().serving
 
     run(case())
 
@@ -675,7 +829,8 @@ def test_what_cannot_be_right_is_refused() -> None:
         lambda: ServingPool(InPlaceWorker, 2, policy=UpdatePolicy(overlap=True), places=places),
         lambda: ServingPool(StatefulWorker, 2, transport="carrier-pigeon", places=places),
         lambda: UpdatePolicy(pause_s=0),
-        lambda: UpdatePolicy(pause="keep"),
+        lambda: UpdatePolicy(pause="freeze"),
+        lambda: ServingPool(StatefulWorker, 2, policy=UpdatePolicy(pause="keep"), places=places),
         lambda: UpdatePolicy(retries=-1),
     ]
     for make in wrong:

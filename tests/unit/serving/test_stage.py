@@ -6,11 +6,14 @@ import asyncio
 import pickle
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import hpcresume as hr
+from hpcresume.deadline import note_stopping
+from hpcresume.engine.chain import Chain
 from hpcresume.errors import EXIT_SAVED, PipelineError, PoolUnrecoverable
 from hpcresume.serving import (
     BlockingPool,
@@ -19,8 +22,10 @@ from hpcresume.serving import (
     ServingPool,
     StateExporter,
     StatefulWorker,
+    UpdatePolicy,
 )
 from hpcresume.serving.members import LocalPlaces
+from hpcresume.updates import interrupted
 from tests.unit.engine.chains import ChainCase, failed, rows
 
 
@@ -171,7 +176,12 @@ def test_an_item_that_is_interrupted_is_asked_again(case: ChainCase, newest: Pat
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "predict"}, {"refresh_every_s": 0}, {"refresh_every_s": 1, "exporter": None}],
+    [
+        {"method": "predict"},
+        {"refresh_every_s": 0},
+        {"refresh_every_s": 1, "exporter": None},
+        {"policy": UpdatePolicy(pause="keep")},
+    ],
 )
 def test_what_cannot_be_right_is_refused(options: dict[str, object]) -> None:
     """A stage that could not work is refused when the pipeline is built."""
@@ -212,3 +222,90 @@ def test_verdicts_travel() -> None:
     assert (2, False) == (retry.version, retry.begun)
     assert "version 2: exporter died in phase 'build' after 1.5 s" in str(lost)
     assert 1.5 == lost.fields["elapsed_s"]
+
+
+def attempt_case(case: ChainCase, serving: hr.ServingStage, attempt: Path) -> Chain:
+    """Return a chain whose worker belongs to an attempt, as it does in an array task."""
+    attempt.mkdir(exist_ok=True)
+    chain = case.make([serving])
+    worker = hr.Worker(index=0, cpus=1, gpus=0, scratch=case.directory / "w", attempt=attempt)
+    chain.place = replace(chain.place, worker=worker)
+    return chain
+
+
+def test_a_stopping_attempt_winds_an_update_up(
+    case: ChainCase, newest: Path, tmp_path: Path
+) -> None:
+    """
+    When the attempt is to end, a push that hangs is given up: a parked item is answered by the
+    old version, and the item that asked for the update is left to the next attempt.
+    """
+    pushing, release, first = threading.Event(), threading.Event(), threading.Lock()
+
+    class Hanging(Model):
+        def release(self):
+            """Pauses come first."""
+
+        def stage(self, version, parts):
+            if version == 7 and first.acquire(blocking=False):
+                pushing.set()
+                release.wait(60)
+            super().stage(version, parts)
+
+    serving = hr.ServingStage(
+        Hanging,
+        2,
+        exporter=Clock,
+        exporter_args=((str(newest),), {}),
+        policy=UpdatePolicy(cancel_s=0.5),
+    )
+
+    chain = attempt_case(case, serving, tmp_path / "attempt")
+    chain.setup()
+
+    async def stop() -> tuple[object, bool]:
+        asking = asyncio.ensure_future(serving.refresh(7))
+        await asyncio.to_thread(pushing.wait, 20)
+        parked = asyncio.ensure_future(serving.process("a"))
+        note_stopping(str(tmp_path / "attempt"))
+        row = await parked
+        return row, asking.done()
+
+    try:
+        row, refreshed = asyncio.run(stop())
+    finally:
+        release.set()
+        chain.teardown()
+
+    assert ({"item": "a", "state": "3", "version": 3}, False) == (row, refreshed)
+
+
+def test_a_stage_goes_on_from_the_version_it_had_reached(case: ChainCase, tmp_path: Path) -> None:
+    """
+    Without an exporter, a stage that is started again in an attempt serves the newest version
+    that may have answered an item, not its first one.
+    """
+
+    class Own(StatefulWorker):
+        def stage(self, version, parts):
+            self.next = version
+
+        def commit(self, version):
+            self.now = self.next
+
+        def process(self, item):
+            return {"now": self.now}
+
+    attempt, found = tmp_path / "attempt", []
+    for wanted in (5, None):
+        serving = hr.ServingStage(Own, 2)
+        chain = attempt_case(case, serving, attempt)
+        chain.setup()
+        found.append(serving.version)
+        if wanted is not None:
+            asyncio.run(serving.refresh(wanted))
+            found.append(serving.version)
+        chain.teardown()
+
+    assert [1, 5, 5] == found
+    assert {} == interrupted(str(attempt))
