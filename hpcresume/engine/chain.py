@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 SLICE_ITEMS = 4096
 _DRAW_ITEMS = 256
+_UNWATCHED = _NO_CONTEXT = contextlib.nullcontext()
 _SOURCES = "sources"
 ResultT = TypeVar("ResultT")
 
@@ -209,7 +210,7 @@ class _Call:
             if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
         self._finish(result)
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         for count in self.counts:
             count.memory_mib = peak_mib
         result.seconds = time.perf_counter() - start
@@ -287,8 +288,20 @@ class _Call:
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
                 return
             source = _with_positions(answers)
+        elif self._is_async and len(items) == 1 and not stage.traits.is_batch:
+            # One that runs beside many others of its kind: no task and no generator of its own.
+            out, answer = _Items(), await self._one_async(number, items, 0)
+            await self._take(number, items, 0, answer, out)
+            await self._push(number + 1, out)
+            return
         else:
             source = self._answers(number, items)
+        await self._take_all(number, items, source)
+
+    async def _take_all(
+        self, number: int, items: _Items, source: AsyncGenerator[tuple[int, Any], None]
+    ) -> None:
+        """Take a stage's answers, and pass on what they hold as it comes."""
         out = _Items()
         async with contextlib.aclosing(source):
             async for position, answer in source:
@@ -470,7 +483,8 @@ class _Call:
         stage = self.stages[number]
         slot, path = items.slots[position], items.paths[position]
         async with self.chain._limits[id(stage)]:
-            with self._context(number, slot, path) as context:
+            wants_context = stage.traits.wants_context
+            with self._context(number, slot, path) if wants_context else _NO_CONTEXT as context:
                 item = items.items[position]
                 arguments = (item,) if context is None else (item, context)
 
@@ -486,8 +500,8 @@ class _Call:
     ) -> Any:
         stage = self.stages[number]
         source = None if slot is None else self.inputs.sources[slot]
-        watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.marked or stage.timeout_s:
+        watched: contextlib.AbstractContextManager[None] = _UNWATCHED
+        if self.place.mark is not None and (self.marked or stage.timeout_s):
             watched = self.chain.running.item(source, self.chain.first + number, stage.timeout_s)
         start = time.perf_counter()
         try:
@@ -563,9 +577,9 @@ class _Call:
             yield None
             return
         source_id, path = self.inputs.source_id(slot), self._full(path, number)
-        outputs = place.outputs
-        if outputs is not None:
-            outputs = Path(output_path(str(outputs), source_id, encode_path(path), ""))
+        outputs = None
+        if place.outputs is not None:
+            outputs = output_path(str(place.outputs), source_id, encode_path(path), "")
         context = Context(
             source_id=source_id,
             item_id=item_id(source_id, self.chain.names, path),

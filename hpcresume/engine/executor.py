@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -171,7 +170,7 @@ class Executor:
             else None
         )
         self._framed = 0
-        self._calls: dict[int, tuple[Chunk, WorkerState]] = {}
+        self._calls: dict[int, WorkerState] = {}
         self._numbers = itertools.count(1)
         self._exclusive_call = 0
         self._stopping = self._holding = False
@@ -212,7 +211,7 @@ class Executor:
     @property
     def in_flight(self) -> int:
         """Sources that workers hold or that wait between groups."""
-        calls = sum(len(chunk) for chunk, _ in self._calls.values())
+        calls = sum(worker.items for state in self._groups for worker in state.workers)
         return calls if self._assembly is None else max(calls, len(self._assembly))
 
     @property
@@ -294,11 +293,10 @@ class Executor:
     def _has_room(self, state: GroupState, worker: WorkerState) -> bool:
         if not worker.calls:
             return True
-        if any(self._calls[call][0].isolated for call in worker.calls):
+        if worker.isolated:
             return False
         if state.group.is_async:
-            held = sum(len(self._calls[call][0]) for call in worker.calls)
-            return held < state.group.concurrency * 3 // 2 + 1
+            return worker.items < state.group.concurrency * 3 // 2 + 1
         # A call waits behind another only where that costs less than a round trip to the
         # driver; a slow one is better off with the next free worker, a batch better full.
         is_quick = 0 < state.seconds_per_item < _QUEUE_AHEAD_S
@@ -371,8 +369,8 @@ class Executor:
         if self._assembly is not None and chunk.group == 0:
             self._assembly.admit(chunk.inputs)
         begins = state.group.is_async or not worker.calls
-        self._calls[call] = (chunk, worker)
-        worker.calls.append(call)
+        self._calls[call] = worker
+        worker.hold(call, chunk)
         if chunk.exclusive:
             self._exclusive_call = call
         sources = BitMap(chunk.inputs.sources)
@@ -397,11 +395,10 @@ class Executor:
             self._died(state, worker, event)
 
     def _finished(self, event: Finished) -> None:
-        entry = self._calls.pop(event.call, None)
-        if entry is None:
+        worker = self._calls.pop(event.call, None)
+        if worker is None:
             return
-        chunk, worker = entry
-        worker.calls.remove(event.call)
+        chunk = worker.drop(event.call)
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
@@ -422,7 +419,7 @@ class Executor:
             self._judge.judge(chunk.inputs, failures, worked=result.worked)
         self._listener.ended(event.call)
         if worker.calls and not state.group.is_async:
-            self._listener.began(worker.calls[0])
+            self._listener.began(next(iter(worker.calls)))
 
     def _learn(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
         self._note_pace(state, chunk, result)
@@ -459,14 +456,18 @@ class Executor:
             self._assembly.forget(source)
 
     def _broken(self, state: GroupState, worker: WorkerState, chunk: Chunk, reason: str) -> None:
-        for call in reversed(worker.calls):
-            other, _ = self._calls.pop(call)
+        for call, other in reversed(self._take_calls(worker)):
             self._listener.ended(call)
             state.enqueue(other, front=True)
-        worker.calls.clear()
         state.enqueue(chunk, front=True)
         self._pool.retire(worker.ref)
         self._restart(state, worker, reason)
+
+    def _take_calls(self, worker: WorkerState) -> list[tuple[int, Chunk]]:
+        """Take all its calls from a worker, and return them, oldest first."""
+        for call in worker.calls:
+            del self._calls[call]
+        return [(call, worker.drop(call)) for call in list(worker.calls)]
 
     def _restart(self, state: GroupState, worker: WorkerState, reason: str | None) -> None:
         worker.ready = False
@@ -488,8 +489,7 @@ class Executor:
 
     def _died(self, state: GroupState, worker: WorkerState, event: Died) -> None:
         log.warning("a worker of %s died: %s", state.group.name, event.reason)
-        calls, worker.calls = list(worker.calls), deque()
-        held = [(call, self._calls.pop(call)[0]) for call in calls]
+        held = self._take_calls(worker)
         self._restart(state, worker, None)
         suspects = self._suspect_calls(state, [chunk for _, chunk in held], event.source)
         for number, (call, chunk) in reversed(list(enumerate(held))):

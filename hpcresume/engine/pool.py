@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.pipeline import Pipeline
 
 ResultT = TypeVar("ResultT")
+_GATHER_S = 0.05
 
 
 class EngineDiedError(HpcResumeError):
@@ -144,7 +146,10 @@ class InlinePool:
         self._chains: dict[WorkerRef, Chain] = {}
         self._events: list[Event] = []
         self._happened = threading.Condition()
+        self._is_urgent = False
         self._failed: BaseException | None = None
+        self._fresh: deque[tuple[WorkerRef, int, Inputs]] = deque()
+        self._under_way: defaultdict[WorkerRef, set[asyncio.Task[None]]] = defaultdict(set)
         self._queue: list[tuple[WorkerRef, int, Inputs]] = []
         any_async = any(group.is_async for group in groups)
         self._loop: _LoopThread | _LoopHere | None = None
@@ -197,31 +202,40 @@ class InlinePool:
         if not (self._groups[worker.group].is_async and isinstance(self._loop, _LoopThread)):
             self._queue.append((worker, call, inputs))
             return
-        future = self._loop.start(self._timed(worker, inputs))
-        future.add_done_callback(lambda done: self._answered(call, done))
+        self._fresh.append((worker, call, inputs))
+        if len(self._fresh) == 1:  # otherwise the loop is to look already
+            self._loop.call(self._begin)
 
-    async def _timed(self, worker: WorkerRef, inputs: Inputs) -> ChunkResult:
-        start = time.perf_counter()
-        result = await self._chains[worker].run(inputs, marked=False)
-        result.seconds = time.perf_counter() - start
-        return result
+    def _begin(self) -> None:
+        """Start the calls that were submitted; runs on the event loop's thread."""
+        while self._fresh:
+            worker, call, inputs = self._fresh.popleft()
+            under_way = self._under_way[worker]
+            task = asyncio.ensure_future(self._run_call(worker, call, inputs))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
 
-    def _answered(self, call: int, done: Future[ChunkResult]) -> None:
-        """Tell of a call that has ended; runs on the event loop's thread."""
-        if done.cancelled():
+    async def _run_call(self, worker: WorkerRef, call: int, inputs: Inputs) -> None:
+        try:
+            result = await self._chains[worker].run(inputs, marked=False)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            with self._happened:
+                self._failed = error
+                self._happened.notify_all()
             return
-        error = done.exception()
-        if error is None:
-            self._tell(Finished(call, done.result()))
-            return
-        with self._happened:
-            self._failed = error
-            self._happened.notify_all()
+        # While calls wait for their turn here, nobody waits for the next one.
+        others = len(self._under_way[worker]) - 1
+        is_urgent = others <= self._groups[worker.group].concurrency
+        self._tell(Finished(call, result), at_once=is_urgent)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event, *, at_once: bool = True) -> None:
         with self._happened:
             self._events.append(event)
-            self._happened.notify_all()
+            if at_once:
+                self._is_urgent = True
+                self._happened.notify_all()
 
     def retire(self, worker: WorkerRef) -> None:
         """Tear down a worker's stages."""
@@ -234,18 +248,25 @@ class InlinePool:
         """Return what has happened, running one queued call if nothing has."""
         with self._happened:
             if not self._queue:
-                self._happened.wait_for(lambda: self._events or self._failed, timeout_s)
+                self._await_events(time.monotonic() + timeout_s)
             if self._failed is not None:
                 raise self._failed
             happened = bool(self._events)
         if not happened and self._queue:
             self._tell(self._run_queued(*self._queue.pop(0)))
         with self._happened:
-            events, self._events = self._events, []
+            events, self._events, self._is_urgent = self._events, [], False
         return events
 
+    def _await_events(self, deadline: float) -> None:
+        """Wait for an event that is urgent, and a while for others to come together."""
+        while (left := deadline - time.monotonic()) > 0:
+            self._happened.wait_for(lambda: self._is_urgent or self._failed, min(left, _GATHER_S))
+            if self._events or self._failed:
+                return
+
     def _run_queued(self, worker: WorkerRef, call: int, inputs: Inputs) -> Finished:
-        coroutine = self._timed(worker, inputs)
+        coroutine = self._chains[worker].run(inputs, marked=False)
         if not self._groups[worker.group].is_async:
             return Finished(call, run_now(coroutine))
         assert self._loop is not None
@@ -280,6 +301,9 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stages", daemon=True)
         self._thread.start()
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(function)
 
     def start(self, coroutine: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -57,12 +57,29 @@ class WorkerState:
         ready: Whether it takes calls.
         fruitless: How often it was started since it last finished a call.
         calls: The calls it holds, oldest first.
+        items: Items in them.
+        isolated: How many of them are to be alone.
     """
 
     ref: WorkerRef
     ready: bool = False
     fruitless: int = 0
-    calls: deque[int] = field(default_factory=deque)
+    calls: dict[int, Chunk] = field(default_factory=dict)
+    items: int = 0
+    isolated: int = 0
+
+    def hold(self, call: int, chunk: Chunk) -> None:
+        """Take a call."""
+        self.calls[call] = chunk
+        self.items += len(chunk)
+        self.isolated += chunk.isolated
+
+    def drop(self, call: int) -> Chunk:
+        """Be rid of a call, and return what it was about."""
+        chunk = self.calls.pop(call)
+        self.items -= len(chunk)
+        self.isolated -= chunk.isolated
+        return chunk
 
 
 @dataclass(slots=True)

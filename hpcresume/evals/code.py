@@ -104,7 +104,7 @@ class UserCall:
             if found.traits.is_batch:
                 raise PipelineError(f"{target}: takes batches; items are evaluated one by one.")
         self._call: Callable[..., Any] = found.process if isinstance(found, Stage) else found
-        self._wants_context = self.stage is not None and self.stage.traits.wants_context
+        self.wants_context = self.stage is not None and self.stage.traits.wants_context
         self._is_async = _is_async(self._call)
 
     def setup(self, worker: Worker) -> None:
@@ -119,7 +119,7 @@ class UserCall:
 
     async def __call__(self, *arguments: Any, context: Context | None = None) -> Any:
         """Call it and return what it answers."""
-        if self._wants_context and context is not None and len(arguments) == 1:
+        if self.wants_context and context is not None and len(arguments) == 1:
             arguments = (*arguments, context)
         if self._is_async:
             return await self._call(*arguments)
@@ -192,13 +192,24 @@ async def within(timeout_s: float | None, call: Any) -> Any:
     Raises:
         TimeoutError: Time is up.
     """
-    task = asyncio.ensure_future(_contained(call))
+    loop = asyncio.get_running_loop()
+    task, ended = loop.create_task(_contained(call)), loop.create_future()
+
+    def wake(_task: object = None) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    task.add_done_callback(wake)
+    timer = None if timeout_s is None else loop.call_later(timeout_s, wake)
     try:
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+        await ended
     except asyncio.CancelledError:
         task.cancel()
         raise
-    if done:
+    finally:
+        if timer is not None:
+            timer.cancel()
+    if task.done():
         if task.cancelled():
             raise RuntimeError("the call cancelled itself")
         return task.result()

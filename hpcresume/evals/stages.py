@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -58,13 +59,16 @@ class WorkflowStage(_ItemStage):
         else:
             self._workflow = UserCall(settings.workflow, Path(settings.cwd), settings.params)
             self._workflow.setup(worker)
+        # Known only now: making a context for each item costs more than most of the rest.
+        is_wanted = self._workflow is not None and self._workflow.wants_context
+        self.traits = dataclasses.replace(self.traits, wants_context=is_wanted)
 
     def teardown(self) -> None:
         """Release what the workflow set up."""
         if self._workflow is not None:
             self._workflow.teardown()
 
-    async def process(self, payload: Mapping[str, Any], context: Context) -> Any:
+    async def process(self, payload: Mapping[str, Any], context: Context | None = None) -> Any:
         """Return the row of one item."""
         item = make_item(payload, self.settings.columns)
         start = time.perf_counter()
@@ -81,7 +85,7 @@ class WorkflowStage(_ItemStage):
         row = make_row(item, ending, self.kept_steps())
         return await _fragment(row, item.id)
 
-    def _call(self, item: EvalItem, context: Context) -> Awaitable[Any]:
+    def _call(self, item: EvalItem, context: Context | None) -> Awaitable[Any]:
         item.steps.clear()  # what a failed try used is paid, what it did is not told
         if self._workflow is None:
             answer: Awaitable[Any] = self._endpoint.ask(item)

@@ -96,10 +96,12 @@ class GroupCommitter:
                 self._batch.unmark.append(unmark)
             if state is not None:
                 self._notes.state, self._noted = state, True
+            wakes = state is not None or self._batch_bytes >= self._max_bytes
             if self._oldest is None and state is None:
-                self._oldest = time.monotonic()
+                self._oldest, wakes = time.monotonic(), True
             self._added += 1
-            self._condition.notify_all()
+            if wakes:  # otherwise it looks in time by itself
+                self._condition.notify_all()
 
     def mark(self, chunk: int, sources: bytes, *, wait: bool = False) -> None:
         """Record that a worker holds a call, numbered anew each; at once.

@@ -84,7 +84,7 @@ class Context:
         attempt: int,
         seed: int,
         scratch_root: Path,
-        outputs_root: Path | None,
+        outputs_root: str | os.PathLike[str] | None,
         seconds_left: Callable[[], float | None],
     ) -> None:
         self.source_id = source_id
@@ -134,7 +134,7 @@ class Context:
                 "This run keeps no files. Return the data as rows."
             )
         relative = _checked_output(name, self.item_id)
-        path = self._outputs_root / relative
+        path = Path(self._outputs_root, relative)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._outputs is None:
             self._outputs = {}

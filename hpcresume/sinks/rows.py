@@ -15,6 +15,7 @@ import orjson
 from hpcresume.errors import RowError
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+_PLAIN = frozenset({str, int, bool, type(None)})
 _WIDE_INTEGER = "Integer exceeds 64-bit range"
 
 
@@ -64,12 +65,10 @@ def refuse_non_finite(value: Any) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _row_error(f"the number {value}")
-    elif isinstance(value, dict):
-        for inner in value.values():
-            refuse_non_finite(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            refuse_non_finite(inner)
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            if type(inner) not in _PLAIN:
+                refuse_non_finite(inner)
     elif hasattr(value, "tolist"):
         refuse_non_finite(value.tolist())
 

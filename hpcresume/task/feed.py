@@ -11,6 +11,8 @@ from pyroaring import BitMap
 from hpcresume.engine.calls import Inputs
 from hpcresume.run.manifest import Entry, Manifest
 
+_AHEAD = 4096
+
 
 class ShardFeed:
     """Hands out a shard's sources in index order; reads its own blocks of the manifest only.
@@ -21,6 +23,7 @@ class ShardFeed:
     def __init__(self, manifest: Manifest, sources: BitMap) -> None:
         self._manifest, self._sources, self._at = manifest, sources, 0
         self._count, self._uniform = len(sources), manifest.uniform
+        self._ahead, self._ahead_at = array("I"), 0
         self._passed_over: list[tuple[float, int]] = []
 
     def left(self) -> int:
@@ -41,11 +44,19 @@ class ShardFeed:
         if passed_over and passed_over[0][0] <= weight_max:
             return self.give([heapq.heappop(passed_over)[1]])
         while self._at < self._count:
-            indices = self._sources[self._at : self._at + count].to_array()
+            indices = self._next(count)
             inputs = self._take(indices, size_bytes, weight_max)
             if len(inputs):
                 return inputs
         return None
+
+    def _next(self, count: int) -> array[int]:
+        """Return the indices that come next; a bitmap gives many at the cost of one."""
+        start = self._at - self._ahead_at
+        if start >= len(self._ahead):
+            self._ahead_at, start = self._at, 0
+            self._ahead = self._sources[self._at : self._at + max(count, _AHEAD)].to_array()
+        return self._ahead[start : start + count]
 
     def _take(self, indices: array[int], size_bytes: int, weight_max: float) -> Inputs:
         if self._manifest.is_indexed(indices[0]):

@@ -94,6 +94,28 @@ def test_a_call_that_hangs_does_not_block(tmp_path: Path) -> None:
     assert ended.wait(DEADLINE_S)
 
 
+def test_a_blocked_loop_keeps_no_answer_back(tmp_path: Path) -> None:
+    """
+    Answers may come together while calls wait for their turn, but one that is there is told
+    although a later call blocks the event loop.
+    """
+    release = threading.Event()
+
+    @hr.stage(max_concurrency=1)
+    async def block(n: int) -> int:
+        if n == 2:
+            release.wait(DEADLINE_S)
+        return n
+
+    pool = pool_of(tmp_path, block)
+    for call in range(1, 6):
+        submit(pool, call)
+    assert [1] == finished(pool, 1)
+    release.set()
+    assert [2, 3, 4, 5] == finished(pool, 4)
+    pool.close(DEADLINE_S)
+
+
 def test_setup_and_calls_share_the_loop(tmp_path: Path) -> None:
     """A client made in setup belongs to the loop that its calls run on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,19 @@ def test_given_sources_know_their_weight(
     feed = ShardFeed(manifest_of(tmp_path, weights), BitMap())
     assert expected == feed.give([0, 1]).weight
     assert weights == [feed.weight(0), feed.weight(1)]
+
+
+def test_every_source_of_a_large_shard_is_given_once(tmp_path: Path) -> None:
+    """However many are asked for at a time, the shard's sources come in order, each once."""
+    run = Place.make("posix", tmp_path).run()
+    write_indexed_part(run, 1, first=0, count=40_000)
+    shard = BitMap(range(0, 40_000, 3))
+    feed = ShardFeed(Manifest.open(run), shard)
+    taken: list[int] = []
+    for count in itertools.cycle((1, 700, 5000)):
+        inputs = feed.take(count, 1)
+        if inputs is None:
+            break
+        assert 0 < len(inputs) <= count
+        taken += inputs.sources
+    assert (list(shard), 0) == (taken, feed.left())
