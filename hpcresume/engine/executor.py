@@ -474,7 +474,10 @@ class Executor:
         worker.ref = WorkerRef(worker.ref.group, worker.ref.index, worker.ref.start + 1)
         if reason is not None:
             worker.fruitless += 1
-            log.warning("a worker of %s is broken: %s", state.group.name, reason)
+            summary, _, traceback = reason.partition("\n")
+            log.warning("a worker of %s is broken: %s", state.group.name, summary)
+            # For the log of a task; what ends the attempt tells it once more.
+            log.info("%s", traceback)
         if worker.fruitless < MAX_STARTS_WITHOUT_WORK:
             self._pool.start(worker.ref)
         elif any(other.ready for other in state.workers):

@@ -39,7 +39,13 @@ from hpcresume.ids import item_id, new_run_id
 from hpcresume.launch.estimate import estimate_run
 from hpcresume.launch.trial_memory import Memory
 from hpcresume.launch.trial_report import StageMeasure, TrialReport, TrialRow, TrialSource
-from hpcresume.launch.trial_sample import Sample, SampleFeed, named, spread
+from hpcresume.launch.trial_sample import (
+    Sample,
+    SampleFeed,
+    keep_restart_points,
+    named,
+    spread,
+)
 from hpcresume.output.rows import frame_of_blob
 from hpcresume.pipeline.load import LoadedPipeline, write_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
@@ -127,6 +133,7 @@ def run_trial(
     made.check_resumable()
     sample = named(made.sources, sources) if sources else spread(made.sources, n)
     with _workplace() as place:
+        keep_restart_points(sample, place / "restarts")
         bench = _Bench(made, loaded, sample, place, engine, on_error)
         return bench.run(settings, on_tick)
 
@@ -290,6 +297,7 @@ class _Bench:
             scratch=self.place / "scratch",
             outputs=self.place / "outputs",
             parts=str(self.place / "parts"),
+            restarts=self.place / "restarts",
             seconds_left=lambda: None,
             on_error=self.on_error,
         )
@@ -316,6 +324,7 @@ class _Bench:
                 scratch=str(self.place / "scratch"),
                 outputs=str(self.place / "outputs"),
                 parts=str(self.place / "parts"),
+                restarts=str(self.place / "restarts"),
                 mark=mark,
                 local=str(self.place),
             )

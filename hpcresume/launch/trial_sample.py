@@ -5,10 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpcresume.engine.calls import Inputs
 from hpcresume.errors import SourcesError, UsageError
+from hpcresume.fs import POSIX
+from hpcresume.pipeline.chunk import Chunk
+from hpcresume.pipeline.payload import decode_payload
+from hpcresume.pipeline.restarts import SPACING_MIN, RestartStore
 from hpcresume.pipeline.sources import Indexed, SourceList, encode_payload
 
 
@@ -115,6 +120,18 @@ def _refuse_absent(wanted: Sequence[str], found: Collection[str], *, first: str 
             f"{like}. Give ids of the listing, or leave --source out for a sample.",
             absent=absent,
         )
+
+
+def keep_restart_points(sample: Sample, directory: Path) -> None:
+    """Find where reading can begin in the gzip files that chunks of the sample lie deep in.
+
+    A run has these points, so without them the seconds of the stages would be too many.
+    """
+    payloads = [decode_payload(data) for _, data in sample.records or () if data[:1] == b"c"]
+    chunks = [payload for payload in payloads if isinstance(payload, Chunk)]
+    deep = {chunk.path for chunk in chunks if chunk.offset > SPACING_MIN}
+    for path in sorted(path for path in deep if path.suffix == ".gz"):
+        RestartStore(POSIX, str(directory)).keep(path, "")
 
 
 class SampleFeed:

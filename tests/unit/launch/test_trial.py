@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import json
 import tempfile
@@ -248,6 +249,40 @@ def test_a_stage_that_cannot_start_ends_the_trial():
     assert "no model" in report.stopped
     assert ["not run"] == [source.state for source in report.sources]
     assert not report.ok
+
+
+def test_why_a_stage_cannot_start_is_told_once(tmp_path):
+    """Its worker is started three times; the traceback is printed at the end only."""
+    text = (
+        "import hpcresume as hr\n"
+        "class Broken(hr.Stage):\n"
+        "    def setup(self, worker):\n"
+        "        raise RuntimeError('no model')\n"
+        "    def process(self, item):\n"
+        "        return item\n"
+        "pipeline = hr.Pipeline('t', ['a'], [Broken()])\n"
+    )
+    (tmp_path / "broken.py").write_text(text)
+    result = CliRunner().invoke(cli, ["trial", "broken.py", "--engine", "inline"])
+
+    assert 1 == result.exit_code
+    assert 1 == result.stderr.count("Traceback (most recent call last)")
+    assert "broke its worker 3 times" in result.stderr
+
+
+def test_a_chunk_deep_in_a_gzip_file_is_read_from_near_it(tmp_path, monkeypatch):
+    """The time that a stage takes holds no reading of what lies before its chunk."""
+    path = tmp_path / "in.jsonl.gz"
+    lines = b"".join(b'{"n": %d, "x": "%0999d"}\n' % (n, n) for n in range(9000))
+    path.write_bytes(gzip.compress(lines, 1))
+    pipeline = hr.Pipeline("t", hr.chunks(path, rows=1000), [lambda chunk: next(iter(chunk))["n"]])
+    opened = []
+    real = gzip.GzipFile
+    monkeypatch.setattr(gzip, "GzipFile", lambda **k: opened.append(k) or real(**k))
+    report = trial(pipeline, sources=["in.jsonl.gz#8000-8999"])
+
+    assert [8000] == [row.row for row in report.rows]
+    assert 1 == len(opened), "only the listing reads from the start"
 
 
 def test_a_stage_that_fails_everything_ends_the_trial():
