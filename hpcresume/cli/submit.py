@@ -23,6 +23,7 @@ from hpcresume.cli.common import (
     on_terminal,
     say,
 )
+from hpcresume.errors import EXIT_SAVED
 
 if TYPE_CHECKING:
     from hpcresume.launch.drive import Step
@@ -407,7 +408,7 @@ def _end(ready: Ready, step: Step, *, collect_to: Path | None, as_json: bool) ->
         if collect_to is not None:
             code = max(code, _collect(ready, collect_to))
         if step.state == "interrupted":
-            code = EXIT_INTERRUPTED
+            code = EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED
     else:
         _say_next(ready)
     if as_json:

@@ -9,10 +9,9 @@ installed::
 Each source is one PNG.  Its thumbnail is a file that belongs to it, its difference hash a
 row; ``finish/duplicates.json`` in the run directory lists the pictures with equal hashes.
 
-Measured on 2 cores that were busy with other work (load 30), with ``-P
-root=/usr/share/openclipart/png/animals``: 316 pictures in 150 s.  The whole package has 8,121,
-links included; one of more than the 179 million pixels that Pillow decodes ends quarantined,
-which is tolerated.
+Measured on 2 cores that were busy with other work, with ``--engine inline --array 2``: 8,121
+names of 6,900 files in 424 s; 1,110 groups look the same, links among them; 3 pictures of more
+than the 179 million pixels that Pillow decodes end quarantined, which is tolerated.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from hpcresume.fs import ensure_directory
 from hpcresume.merge.plan import Plan
 from hpcresume.run.directory import AttemptInfo, JobRecord, RunDir
 
+_OUTPUTS = (1, 2)
 _TICK_S = 0.5
 _KILL_AFTER_S = 5.0
 
@@ -171,11 +172,17 @@ class LocalRound:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
+        terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
+
         def interrupt(number: int, _frame: object) -> None:
+            if number == signal.SIGHUP:
+                _leave(terminals)
             self._interrupt(number)
 
         # Slurm signals a batch script's processes with USR2 where `--signal` asks for it.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2]
+        # What nohup, or a shell for what runs in the background, had ignored stays so.
+        numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
         before = [signal.signal(number, interrupt) for number in numbers]
         try:
             yield
@@ -199,6 +206,15 @@ class LocalRound:
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
+
+
+def _leave(terminals: list[int]) -> None:
+    """Write to nowhere instead of to terminals that are gone, where each write would fail."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    for fd in terminals:
+        if not os.isatty(fd):
+            os.dup2(null, fd)
+    os.close(null)
 
 
 def share_cores(tasks: int, settings: Settings) -> tuple[int, int]:

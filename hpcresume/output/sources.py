@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from hpcresume.errors import SourcesError
+from hpcresume.errors import RowError, SourcesError
 from hpcresume.output.collect import scope_of
-from hpcresume.output.rows import spans, union_of
+from hpcresume.output.rows import SourceRows, Span, spans, union_of
 from hpcresume.pipeline.sources import Source, SourceList
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
@@ -34,7 +34,7 @@ class ResultSources(SourceList):
         if missing or failed > run.tolerated(scope.wanted):
             raise _unfinished(run, missing, failed, scope.wanted)
         for span in spans(run, union, manifest):
-            for found in span.each():
+            for found in _each(run, span):
                 if found.rows:
                     source_id = manifest.entry(found.source).source_id
                     rows = [orjson.loads(row) for row in found.rows]
@@ -46,12 +46,24 @@ class ResultSources(SourceList):
         return {"kind": "results", "run": str(self.run), "run_id": run_id}
 
 
+def _each(run: RunDir, span: Span) -> Iterator[SourceRows]:
+    try:
+        yield from span.each()
+    except RowError as error:
+        raise SourcesError(
+            f"the rows of {run.path} cannot be payloads: {error.fields['what']!r} holds bytes. "
+            f"Collect its parts (hpcresume collect {run.path} --layout parts -o DIR) and take "
+            "hr.chunks('DIR/*.parquet').",
+            path=run.path,
+        ) from error
+
+
 def _refuse_without_rows(run: RunDir) -> None:
     sink = run.fingerprint().get("sink")
-    if not isinstance(sink, dict) or sink.get("kind") != "rows":
+    if not isinstance(sink, dict) or sink.get("kind") not in ("rows", "parts"):
         raise SourcesError(
             f"{run.path} keeps no rows that could be sources: its sink is {sink}. "
-            "Results come from runs with sink=hr.Rows().",
+            "Results come from runs with sink=hr.Rows() or hr.Parts(...).",
             path=run.path,
         )
 
@@ -72,11 +84,13 @@ def results(run: str | os.PathLike[str]) -> ResultSources:
     """Return the sources of another run, each with the list of its rows as payload.
 
     The ids are those of that run; sources without rows are left out.  The rows are copied
-    when they are listed, so that run may be removed afterwards.  When it has grown, submitting
-    again takes the new sources; rows that have changed are refused by name.
+    when they are listed, in constant memory, so that run may be removed afterwards; the
+    manifest becomes as large as they are.  Of terabytes collect the parts and take
+    :func:`chunks` of them.  When that run has grown, submitting again takes the new sources;
+    rows that have changed are refused by name.
 
     Args:
-        run: The run directory of a finished run with ``sink=hr.Rows()``.
+        run: The run directory of a finished run with ``sink=hr.Rows()`` or ``hr.Parts(...)``.
 
     Returns:
         Sources with a list of JSON values as payload and its length as weight.

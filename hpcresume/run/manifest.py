@@ -30,6 +30,8 @@ from hpcresume.segment.container import (
 
 KIND = b"MANI"
 BLOCK_SOURCES = 4096
+BLOCK_BYTES = 8 << 20
+"""A block ends at so many sources, or with the source whose payload fills it."""
 
 
 class Entry(NamedTuple):
@@ -53,6 +55,8 @@ class PartFooter(msgspec.Struct):
         uniform: Whether all weights are 1.
         listing: Digest of ids and payloads of the whole listing up to this part.
         withdrawn: Bitmap of earlier sources that the listing no longer holds.
+        starts: First source of each block, counted from ``first``; empty where every block
+            but the last holds ``BLOCK_SOURCES``.
     """
 
     run_id: str
@@ -63,6 +67,7 @@ class PartFooter(msgspec.Struct):
     uniform: bool
     listing: bytes
     withdrawn: bytes
+    starts: list[int] = []
 
 
 _BLOCK = msgspec.msgpack.Decoder(list[tuple[str, bytes, float]])
@@ -86,13 +91,15 @@ class Listing:
     digests: array[int] = field(default_factory=lambda: array("Q"))
     weight: float = 0.0
     uniform: bool = True
+    starts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
 
     def blocks(self) -> Iterator[list[tuple[str, bytes, float]]]:
-        """Yield the sources in blocks of at most ``BLOCK_SOURCES``."""
+        """Yield the sources in blocks of bounded count and size."""
         block: list[tuple[str, bytes, float]] = []
+        size = 0
         for source in self.sources:
             source_id, payload, weight = source
             self._digest.update(_encode_id(source_id))
@@ -101,10 +108,13 @@ class Listing:
             self.weight += weight
             self.uniform = self.uniform and weight == 1.0
             block.append(source)
-            if len(block) == BLOCK_SOURCES:
+            size += len(payload)
+            if len(block) == BLOCK_SOURCES or size >= BLOCK_BYTES:
+                self.starts.append(len(self.digests) - len(block))
                 yield block
-                block = []
+                block, size = [], 0
         if block:
+            self.starts.append(len(self.digests) - len(block))
             yield block
 
     def digest(self) -> bytes:
@@ -158,6 +168,8 @@ def write_part(
         yield listing.digests.tobytes()
         footer.weight, footer.uniform = listing.weight, listing.uniform
         footer.listing = listing.digest()
+        if listing.starts != list(range(0, footer.count, BLOCK_SOURCES)):
+            footer.starts = listing.starts
         footer.withdrawn = bitmaps.dump(withdrawn if withdrawn is not None else BitMap())
 
     parts = encode_container(KIND, blocks(), footer)
@@ -203,6 +215,14 @@ class Part:
     def footer(self) -> PartFooter:
         """The verified footer."""
         return self.container.footer
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the block that holds a source, by its position in the part, and where in it."""
+        starts = self.footer.starts
+        if not starts:
+            return divmod(position, BLOCK_SOURCES)
+        block = bisect_right(starts, position) - 1
+        return block, position - starts[block]
 
     def entries(self, block: int) -> list[tuple[str, bytes, float]]:
         """Return the sources of one block."""
@@ -295,7 +315,7 @@ class Manifest:
         part = self._part_of(index)
         if part.footer.indexed:
             return Entry(index, str(index), b"", 1.0)
-        block, offset = divmod(index - part.footer.first, BLOCK_SOURCES)
+        block, offset = part.locate(index - part.footer.first)
         if self._cache[:2] != (part.footer.first, block):
             self._cache = (part.footer.first, block, part.entries(block))
         return Entry(index, *self._cache[2][offset])

@@ -7,9 +7,11 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from hpcresume.examples import sweep
@@ -53,16 +55,62 @@ def write_docs(directory: Path) -> None:
 
 
 def test_kernel_docs(desk: Desk) -> None:
-    """Prose is kept whatever wraps it, and near-duplicates are grouped; all else is dropped."""
+    """
+    Prose is kept whatever wraps it, and near-duplicates are grouped; all else is dropped.  The
+    rows lie in Parquet parts.
+    """
     write_docs(desk.path / "docs")
     ok(desk.submit("hpcresume.examples.kernel_docs", "--run-dir", "run", "-P", "root=docs"))
+    ok(desk.call("collect", "run", "--layout", "parts", "-o", "documents"))
 
     rows = rows_of(desk, "run")
+    assert rows == sorted(
+        (
+            row
+            for path in (desk.path / "documents").iterdir()
+            for row in pq.read_table(path).to_pylist()
+        ),
+        key=lambda row: row["id"],
+    )
     assert ["a.txt", "b.rst.gz", "c.html"] == [row["id"] for row in rows]
     assert [64] * 3 == [len(row["signature"]) for row in rows]
     assert rows[0]["signature"] == rows[2]["signature"]
     groups = (desk.path / "run/finish/duplicates.jsonl").read_text()
     assert ["a.txt", "b.rst.gz", "c.html"] in [json.loads(line) for line in groups.splitlines()]
+
+
+DATATROVE = """
+import sys
+from pathlib import Path
+from datatrove.data import Document
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.writers import JsonlWriter
+from hpcresume.examples import kernel_docs as example
+
+def read(data, rank=0, world_size=1):
+    root = Path(sys.argv[1])
+    for path in sorted(root.iterdir())[rank::world_size]:
+        if ".svg" not in path.suffixes:
+            yield Document(example.text_of(path), path.name)
+
+filters = [example.datatrove_filter(name) for name in ("english", "prose")]
+writer = JsonlWriter("out", compression=None)
+LocalPipelineExecutor([read, *filters, writer], tasks=2, workers=1, logging_dir="log").run()
+"""
+
+
+def test_kernel_docs_through_blocks_of_datatrove(desk: Desk) -> None:
+    """The adapter keeps the documents that datatrove's own executor keeps, text and all."""
+    write_docs(desk.path / "docs")
+    given = ("-P", "root=docs", "-P", "filters=datatrove")
+    ok(desk.submit("hpcresume.examples.kernel_docs", "--run-dir", "run", *given))
+    command = [sys.executable, "-c", DATATROVE, "docs"]
+    subprocess.run(command, cwd=desk.path, check=True, capture_output=True, timeout=200)
+
+    lines = [line for path in desk.path.glob("out/*.jsonl") for line in path.open()]
+    theirs = {document["id"]: document["text"] for document in map(json.loads, lines)}
+    assert {"a.txt", "b.rst.gz", "c.html"} == theirs.keys()
+    assert theirs == {row["id"]: row["text"] for row in rows_of(desk, "run")}
 
 
 def test_clipart(desk: Desk) -> None:

@@ -120,6 +120,33 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         list(hr.results(tmp_path / "missing"))
 
 
+BYTES = """
+    def pipeline(bad: bool = False):
+        def work(i):
+            return {"i": i, "data": b"x"} if bad else {"i": i}
+        return hr.Pipeline(name="parts", sources=hr.indexed(3, str), stages=[work],
+                           sink=hr.Parts("parquet"))
+"""
+
+
+def test_rows_in_parts_are_sources(desk: Desk) -> None:
+    """
+    Rows of Parquet parts are payloads too, unless they hold bytes; then the parts, collected,
+    are sources by their chunks, as the error says.
+    """
+    desk.write("parts.py", BYTES)
+    ok(desk.submit("parts.py", "--run-dir", "first"))
+    found = {source.id: source.payload for source in hr.results(desk.path / "first")}
+    assert {str(i): [{"i": str(i)}] for i in range(3)} == found
+
+    ok(desk.submit("parts.py", "--run-dir", "bad", "-P", "bad=true"))
+    with pytest.raises(SourcesError, match=r"'data' holds bytes.*--layout parts.*hr\.chunks"):
+        list(hr.results(desk.path / "bad"))
+    ok(desk.call("collect", "bad", "--layout", "parts", "-o", "DIR"))
+    (source,) = hr.chunks(desk.path / "DIR/*.parquet")
+    assert [{"i": str(i), "data": b"x"} for i in range(3)] == list(source.payload)
+
+
 def test_runs_without_rows_are_refused(desk: Desk) -> None:
     """A run of side effects has no results to go on with."""
     text = WORDS.replace("TOLERATE", "0.0, sink=None")

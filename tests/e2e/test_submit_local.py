@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -159,6 +162,57 @@ def test_ctrl_c(desk: Desk, engine: str) -> None:
     ok(desk.submit("run", "--engine", engine), f"200: 0 new, {done} done", "200 completed")
     assert fan_result(200) == desk.rows("run")
     assert [str(i) for i in range(200)] == sorted(lines(calls), key=int)
+
+
+def test_the_terminal_is_closed(desk: Desk) -> None:
+    """A run whose terminal goes away publishes all that it has done, and ends."""
+    calls = write_fan(desk.path).with_name("calls")
+    given = ("fan.py", "--run-dir", "run", "-P", "ms=20", "-P", f"calls={calls}")
+    command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), *given)
+    terminal, side = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command, "--sync-interval", "600"],
+        cwd=desk.path, stdin=side, stdout=side, stderr=side,
+    )  # fmt: skip
+    os.close(side)
+    try:
+        wait_until(
+            lambda: len(lines(calls)) >= 30, timeout_s=60, describe=lambda: f"{process.poll()}"
+        )
+        os.close(terminal)
+        code = process.wait(timeout=60)
+    finally:
+        kill_family(process.pid)
+
+    assert 85 == code
+    found = json.loads(desk.call("status", "run", "--json").out)
+    assert ("interrupted", len(lines(calls))) == (found["state"], found["sources"]["completed"])
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
+def test_nohup(desk: Desk) -> None:
+    """What nohup started goes on after a hangup, and its log holds plain lines."""
+    calls = write_fan(desk.path).with_name("calls")
+    command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), "fan.py")
+    with (desk.path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["nohup", *command, "--run-dir", "run", "-P", "ms=20", "-P", f"calls={calls}"],
+            cwd=desk.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until(
+            lambda: len(lines(calls)) >= 30, timeout_s=60, describe=(desk.path / "log").read_text
+        )
+        os.killpg(process.pid, signal.SIGHUP)
+        code = process.wait(timeout=120)
+    finally:
+        kill_family(process.pid)
+
+    said = (desk.path / "log").read_text()
+    assert 0 == code, said
+    assert "complete" in said.splitlines()
+    assert set() == {c for c in said if not c.isprintable()} - {"\n"}
+    assert fan_result() == desk.rows("run")
 
 
 def kill_in_the_middle(desk: Desk) -> tuple[list[str], Path]:

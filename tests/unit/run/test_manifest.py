@@ -10,6 +10,7 @@ from pyroaring import BitMap
 from hpcresume.errors import CorruptDataError, SourcesError
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import (
+    BLOCK_BYTES,
     BLOCK_SOURCES,
     Entry,
     Listing,
@@ -65,6 +66,22 @@ def test_ascending_access_reads_each_block_once(tmp_path: Path) -> None:
         e.source_id for e in manifest.entries(range(manifest.total))
     ]
     assert 3 == len([op for op, _ in run.fs.calls if op == "read"])
+
+
+def test_blocks_of_large_payloads_are_small(tmp_path: Path) -> None:
+    """Whatever the payloads' sizes, a block in memory is bounded, and every source is found."""
+    run = Place.make("sim", tmp_path).run()
+    large = {5: 3 * BLOCK_BYTES // 2, 6: BLOCK_BYTES // 2, 8: BLOCK_BYTES // 2}
+    sources = [(f"s{i}", b"x" * large.get(i, 1), 1.0) for i in range(BLOCK_SOURCES + 20)]
+    write_part(run, 1, first=0, listing=Listing(iter(sources)))
+    manifest = Manifest.open(run)
+    (part,) = manifest.parts
+
+    assert [0, 6, 9, BLOCK_SOURCES + 9] == part.footer.starts
+    assert all(block.length < 2 * BLOCK_BYTES for block in part.container.blocks)
+    for index in (0, 5, 6, 8, 9, BLOCK_SOURCES + 8, BLOCK_SOURCES + 9, BLOCK_SOURCES + 19):
+        assert Entry(index, *sources[index]) == manifest.entry(index)
+        assert index == manifest.find(f"s{index}")
 
 
 def test_growth_keeps_every_index(run: RunDir) -> None:
