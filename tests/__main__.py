@@ -29,7 +29,7 @@ from tests.support.cli import as_user
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ["hpcresume", "tests"]
 # Most of them wait, for Slurm and for Ray; each process has clusters of its own.
-TWO_AT_ONCE = ["--numprocesses=2", "--dist=worksteal"]
+TWO_AT_ONCE = ["--numprocesses=2", "--dist=worksteal", "--durations=15"]
 PYTEST_STEPS = {
     "unit": ["tests/unit", *TWO_AT_ONCE],
     "property": ["tests/property"],

@@ -120,6 +120,10 @@ def one_at_a_time(run: RunDir) -> Iterator[None]:
     try:
         yield
     finally:
+        if lock.is_locked:
+            # Who waits for it holds the file without its name, and goes on beside the next one.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         lock.release()
 
 

@@ -253,7 +253,7 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
     with storage_errors("read", run.path):
         while True:
             union, packs = load_newest(run), Packs(run)
-            packed = _take_up_packs(run, union, packs)
+            packed = take_up_packs(run, union, packs)
             names = unfolded(run, union, packed)
             for name in names:
                 fold_named(run, union, name, packs=packs, max_attempts=max_attempts)
@@ -271,7 +271,7 @@ def _are_gone(run: RunDir, union: Union, names: list[SegmentName]) -> bool:
     )
 
 
-def _take_up_packs(run: RunDir, union: Union, packs: Packs) -> list[Key]:
+def take_up_packs(run: RunDir, union: Union, packs: Packs) -> list[Key]:
     """Note what the packs hold that a generation does not know; return their segments."""
     found: list[Key] = []
     for number in run.pack_numbers():

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from hpcresume.errors import CorruptDataError, SharedStorageError
-from hpcresume.merge.generation import Union, fold_named, load_newest
+from hpcresume.merge.generation import Union, fold_named, load_newest, take_up_packs
+from hpcresume.merge.packs import Packs, key_of, name_of
 from hpcresume.merge.plan import PlanFooter, open_plan
 from hpcresume.run.directory import AttemptInfo, AttemptRef, JobRecord, Outcome, RunDir, SegmentName
 from hpcresume.run.manifest import Manifest
@@ -208,10 +209,11 @@ class Reader:
         if newest == self._generation:
             return
         self._generation = newest
-        self.union = load_newest(self.run)
-        for key, name in self._segments.items():
-            if key not in self.union.won:
-                fold_named(self.run, self.union, name, max_attempts=self.max_attempts)
+        self.union, packs = load_newest(self.run), Packs(self.run)
+        packed = take_up_packs(self.run, self.union, packs)
+        for name in [*map(name_of, packed), *self._segments.values()]:
+            if key_of(name) not in self.union.won:
+                fold_named(self.run, self.union, name, packs=packs, max_attempts=self.max_attempts)
 
     def _look_at(self, round_: RoundFiles, task: int) -> bool:
         """Look at one array task; return whether it has to be looked at again."""

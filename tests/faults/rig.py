@@ -33,7 +33,7 @@ from hpcresume.merge.generation import Union, read_union
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.segment.frame import decode_frame
 from tests.support.cli import Command, wait_until
-from tests.support.local import family, held_shm, kill_family
+from tests.support.local import family, held_shm, kill_family, living
 from tests.support.pipelines import fan_result, write_fan
 from tests.support.sharedfs import SharedFs
 
@@ -310,29 +310,14 @@ class Rig:
 
     def remains(self) -> list[str]:
         """Return what attempts have left on this machine."""
-        found = [f"process {line}" for line in self._processes()]
+        marks = [f"HPCRESUME_ATTEMPT={self._run_id()}".encode(), os.fsencode(self.local)]
+        found = [f"process {line}" for line in living(marks)]
         found += [f"directory {path}" for path in self.local.glob("hpcresume-*/*/*")]
         found += [f"directory {path}" for path in self.local.glob("hr-*")]
         with open("/proc/net/unix", encoding="utf-8") as sockets:
             found += [f"socket {line.strip()}" for line in sockets if str(self.local) in line]
         fresh = set(os.listdir("/dev/shm")) - self._shm
         return found + [f"shared memory {name}" for name in fresh - held_shm()]
-
-    def _processes(self) -> Iterator[str]:
-        """Yield what is alive of any attempt: known by run, by directory or by open file."""
-        marks = [f"HPCRESUME_ATTEMPT={self._run_id()}".encode(), os.fsencode(self.local)]
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                known = command + b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-                fds = [
-                    os.fsencode(os.readlink(f"/proc/{pid}/fd/{fd}"))
-                    for fd in os.listdir(f"/proc/{pid}/fd")
-                ]
-                if int(pid) != os.getpid() and any(
-                    mark in text for mark in marks for text in [known, *fds]
-                ):
-                    yield f"{pid} {command.replace(bytes(1), b' ').decode(errors='replace')}"
 
     def _run_id(self) -> str:
         path = self.run / "run.json"

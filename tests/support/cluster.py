@@ -8,6 +8,7 @@ tests are skipped with the reason, or fail if ``HPCRESUME_TEST_REQUIRE_SLURM=1``
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from hpcresume import slurm, testbed
 from hpcresume.errors import TestbedError
 from hpcresume.testbed import cgroups
 from tests.support.cli import as_user, user_id
+from tests.support.local import living
 
 Proctrack = Literal["auto", "cgroup", "linuxproc"]
 POLL_S = 0.1
@@ -225,7 +227,10 @@ class SlurmCluster:
         return next(n.disk for n in self.bed.nodes if n.name == node)
 
     def clear(self) -> None:
-        """Cancel all jobs, bring killed and drained nodes back, empty the scratch."""
+        """Cancel all jobs, bring killed and drained nodes back, empty the scratch.
+
+        Whatever the test did: by then no process of any attempt lives.
+        """
         for partition in slurm.partitions(conf=self.conf):
             self.run("scancel", "-p", partition.name)  # by its filter: every user's jobs
         for node in sorted(self._killed):
@@ -234,9 +239,16 @@ class SlurmCluster:
             if entry.state.startswith(("drain", "down")):
                 slurm.update([f"NodeName={entry.name}", "State=RESUME"], conf=self.conf)
         self.wait_idle()
+        self.wait_until(lambda: not self.left_running(), 60, self.left_running)
         for node in self.bed.nodes:
             for path in node.disk.iterdir():
                 _remove(path)
+
+    def left_running(self) -> list[str]:
+        """Return the living processes of attempts of every run on this cluster."""
+        runs = [json.loads(path.read_bytes())["run_id"] for path in self.root.glob("*/*/run.json")]
+        marks = [f"HPCRESUME_ATTEMPT={run}".encode() for run in runs]
+        return list(living([*marks, os.fsencode(self.scratch / "hpcresume-")]))
 
     def evidence(self) -> str:
         """Return the nodes, the queue and the end of the controller's log."""

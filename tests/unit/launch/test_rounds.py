@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 
 from hpcresume.errors import RunDirError
-from hpcresume.launch.drive import merge_step
+from hpcresume.launch.drive import merge_step, one_at_a_time
 from hpcresume.launch.rounds import plan_round, seconds_per_weight, settle, stand, tasks_needed
 from hpcresume.launch.slurm_round import close_round
 from hpcresume.merge.plan import Launch, open_plan
@@ -195,3 +197,13 @@ def test_interrupted_sources_are_dealt_by_how_long_they_ran(tmp_path):
     assert [[95], [96], [i for i in range(90, 110) if i not in {95, 96}]] == sorted(
         dealt, key=lambda one: (len(one), one)
     )
+
+
+def test_the_lock_of_a_submission_is_gone_with_it(tmp_path, monkeypatch):
+    """Nothing is left in the node's temporary directory, where every run would leave a file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with one_at_a_time(make_run(tmp_path, sources=1).run):
+        held = list((tmp_path / "tmp").iterdir())
+
+    assert (1, []) == (len(held), list((tmp_path / "tmp").iterdir()))

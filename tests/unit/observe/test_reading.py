@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 
 from hpcresume.fs import POSIX
+from hpcresume.merge.generation import read_union, write_generation
+from hpcresume.merge.retention import fold_small, remove_held
 from hpcresume.observe.reading import Reader
 from hpcresume.observe.status import Watcher, read_status
 from hpcresume.run.directory import RunDir
 from hpcresume.segment.segment import Progress
+from tests.support.local import flip
 from tests.support.many import make_many
 from tests.support.runs import make_run
 
@@ -45,6 +48,20 @@ def test_a_second_reading_opens_nothing_that_was_read(tmp_path):
     assert 2 * (started - done) + 5 >= fs.calls["listdir"]
     assert started - done + 10 >= fs.calls["read"]
     assert 0 == fs.calls["size"]
+
+
+def test_without_its_generation_a_pack_still_counts(tmp_path):
+    """What was moved into packs stays done when the newest generation cannot be read."""
+    run = make_many(tmp_path / "run", tasks=4, segments=5)
+    union = read_union(run, max_attempts=3)
+    fold_small(run, union, at_least=1)
+    write_generation(run, union)
+    assert remove_held(run)
+    before = read_status(run).sources
+    (path,) = (tmp_path / "run").glob("**/gen-*")
+    flip(path, [20])
+
+    assert before == read_status(run).sources
 
 
 def test_readings_in_pieces_come_to_the_same(tmp_path):
