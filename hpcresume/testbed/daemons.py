@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpcresume import slurm
-from hpcresume.errors import TestbedError
+from hpcresume.errors import SlurmRefusedError, SlurmUnreachableError, TestbedError
 from hpcresume.testbed import processes
 from hpcresume.testbed.packages import SEARCH_PATH
 from hpcresume.testbed.state import Daemon, Layout, Node, State, save
@@ -89,9 +89,20 @@ def start_slurmdbd(state: State, layout: Layout) -> None:
     """Start slurmdbd and register the cluster, without which slurmctld would not start."""
     daemon = _start(state, layout, "slurmdbd", ["slurmdbd", "-D"])
     _await(daemon, layout, lambda: _listens(state.ports.slurmdbd), timeout_s=60)
-    slurm.change_accounting(["add", "cluster", state.cluster_name], conf=layout.conf)
+    _await(daemon, layout, lambda: _registers(state.cluster_name, layout.conf), timeout_s=60)
     if state.settings.max_submit is not None:
         _limit_submits(state.settings.max_submit, conf=layout.conf)
+
+
+def _registers(cluster: str, conf: Path) -> bool:
+    """Tell whether slurmdbd has taken the cluster; at first it may refuse without a reason."""
+    try:
+        slurm.change_accounting(["add", "cluster", cluster], conf=conf)
+    except SlurmUnreachableError:
+        return False
+    except SlurmRefusedError as error:
+        return "already exists" in error.fields["stderr"]
+    return True
 
 
 def _limit_submits(jobs: int, *, conf: Path) -> None:
