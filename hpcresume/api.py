@@ -200,7 +200,7 @@ class Run(opened.Run):
         Raises:
             RunDirError: The run has no round yet.
         """
-        from hpcresume.launch.drive import unite
+        from hpcresume.launch.step import unite
 
         return unite(self._run)
 

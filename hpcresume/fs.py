@@ -71,7 +71,13 @@ class Readable(Protocol):
 
 
 class FileSystem(Readable, Protocol):
-    """The calls that everything durable goes through; every method may raise OSError."""
+    """The calls that everything durable goes through; every method may raise OSError.
+
+    Attributes:
+        readers: How many files are worth opening at the same time.
+    """
+
+    readers: int
 
     def create(self, path: str) -> WriteHandle:
         """Create a file that must not exist, readable by its owner only."""
@@ -119,6 +125,9 @@ class _PosixHandle:
 
 class PosixFileSystem:
     """The file system of this machine."""
+
+    # A call to a busy metadata server takes milliseconds, and many are answered side by side.
+    readers = 16
 
     def create(self, path: str) -> WriteHandle:
         """Create a file that must not exist, mode 0600, or 0640 in a shared directory."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hpcresume.evals.settings import EvalSettings
     from hpcresume.evals.table import RowTable
     from hpcresume.evals.view import Repair
-    from hpcresume.launch.drive import Step
     from hpcresume.launch.local import TaskProgress
+    from hpcresume.launch.step import Step
     from hpcresume.launch.submit import Ready
     from hpcresume.run.directory import RunDir
 

@@ -19,7 +19,7 @@ from hpcresume.cli.common import (
 from hpcresume.errors import SlurmUnreachableError
 
 if TYPE_CHECKING:
-    from hpcresume.launch.drive import Step
+    from hpcresume.launch.step import Step
     from hpcresume.run.directory import RunDir
 
 # Every user of the cluster may be waiting for the same controller.
@@ -137,7 +137,7 @@ def _requeue(run: RunDir, *, patience_s: float) -> Step:
 
 
 def _unite(run: RunDir) -> Step:
-    from hpcresume.launch.drive import Step as DriveStep
-    from hpcresume.launch.drive import unite
+    from hpcresume.launch.step import Step as MergeStep
+    from hpcresume.launch.step import unite
 
-    return DriveStep("merged", unite(run))
+    return MergeStep("merged", unite(run))

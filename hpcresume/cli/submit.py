@@ -26,8 +26,8 @@ from hpcresume.cli.common import (
 from hpcresume.errors import EXIT_SAVED
 
 if TYPE_CHECKING:
-    from hpcresume.launch.drive import Step
     from hpcresume.launch.local import TaskProgress
+    from hpcresume.launch.step import Step
     from hpcresume.launch.submit import Ready
     from hpcresume.merge.plan import Plan
     from hpcresume.observe.status import Status
@@ -361,8 +361,8 @@ def _submit(ready: Ready) -> Step:
 
 def _wait(ready: Ready) -> Step:
     """Wait for a run on Slurm by its files; Ctrl-C leaves the jobs running."""
-    from hpcresume.launch.drive import Step as DriveStep
     from hpcresume.launch.rounds import stand
+    from hpcresume.launch.step import Step as DriveStep
     from hpcresume.observe.status import readings
 
     run, manifest = ready.prepared.run, ready.prepared.manifest

@@ -9,7 +9,6 @@ import msgspec
 
 from hpcresume.errors import RunDirError, UsageError
 from hpcresume.evals.settings import EvalSettings, from_params
-from hpcresume.pipeline.load import SNAPSHOT_FILE
 from hpcresume.run.directory import RunDir
 
 WORKFLOW_TARGET = "hpcresume.evals.pipelines:workflow"
@@ -47,6 +46,8 @@ def stored_settings(run: RunDir) -> EvalSettings:
             "Give the whole command again.",
             path=run.path,
         )
+    from hpcresume.pipeline.load import SNAPSHOT_FILE
+
     path = os.path.join(run.code_path(numbers[-1]), SNAPSHOT_FILE)
     with open(path, "rb") as file:
         stored: dict[str, Any] = msgspec.json.decode(file.read(), type=dict[str, Any])

@@ -41,11 +41,12 @@ from hpcresume.launch.slurm_round import (
     submit_round,
     take_up,
 )
+from hpcresume.launch.step import Step, last_plan
 from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.run.directory import JobRecord, RunDir, check_owner
+from hpcresume.run.directory import RunDir, check_owner
 from hpcresume.run.manifest import Manifest
 from hpcresume.task.bad_node import bad_nodes, excluding
 from hpcresume.task.recovery import recover_node
@@ -56,32 +57,6 @@ _TRIES = 5
 # Longer than it takes to submit a round; whoever holds the lock longer is stuck.
 _LOCK_S = 60.0
 _LOCK_POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one merge step led to.
-
-    Attributes:
-        state: ``finished``, ``stopped``, ``cancelled``, ``interrupted`` (by a signal, of a
-            run on this machine), ``running`` (the round's array is still at work) or
-            ``submitted`` (a next round was).
-        standing: How the run stands.
-        round: Number of the round that was submitted, or that is running.
-        job: What was submitted.
-        signal: The signal that interrupted it, 0 for none.
-        forced: Whether its tasks were killed by a second one: what they had committed and not
-            published is published when the run is continued.
-        notes: Limits that Slurm's refusals have taught, and what to write into the site file.
-    """
-
-    state: str
-    standing: Standing
-    round: int | None = None
-    job: JobRecord | None = None
-    notes: tuple[str, ...] = ()
-    signal: int = 0
-    forced: bool = False
 
 
 def reload_settings(plan: Plan) -> Resolved:
@@ -151,27 +126,8 @@ def merge_step(run: RunDir) -> Step:
     """
     with one_at_a_time(run):
         step = until_planned(lambda: _merge_once(run))
-    tell_of(run, step, plan_settings(_newest_plan(run)))
+    tell_of(run, step, plan_settings(last_plan(run)))
     return step
-
-
-def unite(run: RunDir) -> Standing:
-    """Unite what has been published into a generation; nothing is submitted.
-
-    Raises:
-        RunDirError: The run has no round yet.
-    """
-    return settle(run, Manifest.open(run), plan_settings(_newest_plan(run)))
-
-
-def _newest_plan(run: RunDir) -> Plan:
-    plan = newest_plan(run)
-    if plan is None:
-        raise RunDirError(
-            f"{run.path} has no round yet. Nothing was submitted. Run: hpcresume submit PIPELINE",
-            path=run.path,
-        )
-    return plan
 
 
 def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
@@ -181,7 +137,7 @@ def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
 
 
 def _merge_once(run: RunDir) -> Step:
-    plan = _newest_plan(run)
+    plan = last_plan(run)
     if plan.footer.launch.cluster != "slurm":
         raise RunDirError(
             f"{run.path} was last run on one machine, without Slurm. Nothing was submitted. "

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pyroaring import BitMap
@@ -22,7 +22,6 @@ from hpcresume.failpoints import failpoint
 from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
 from hpcresume.launch.ladder import Demand, Ladder, fold
-from hpcresume.launch.packing import capacity
 from hpcresume.merge.generation import (
     Union,
     load_newest,
@@ -43,11 +42,14 @@ from hpcresume.merge.plan import (
     write_plan,
 )
 from hpcresume.merge.retention import fold_small
-from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import Outcome, RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.segment import NEEDS_LONGER
+
+if TYPE_CHECKING:
+    # What only unites, as `hpcresume merge` does, is to start quickly.
+    from hpcresume.pipeline.pipeline import Pipeline
 
 _TRIES = 5
 _SAMPLE = 1000
@@ -470,6 +472,8 @@ def share_tasks(
     if ladder is not None:
         demands = ladder.sort(standing.remainder, standing.union.short)
     if launch.cluster == "slurm":
+        from hpcresume.launch.packing import capacity
+
         most = min(most, capacity(site))
         demands = fold(demands, capacity(site))
     sizes = [len(demand.sources) for demand in demands]

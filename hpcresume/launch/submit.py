@@ -23,7 +23,6 @@ from hpcresume.errors import (
 )
 from hpcresume.launch.drive import (
     LocalRun,
-    Step,
     finish_run,
     one_at_a_time,
     submit_planned,
@@ -36,6 +35,7 @@ from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
 from hpcresume.launch.rounds import pardon, plan_round, reopen, settle
 from hpcresume.launch.slurm_round import active_jobs, close_round, slurm_ladder, take_up
+from hpcresume.launch.step import Step
 from hpcresume.launch.stopping import unless_stopped
 from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline

@@ -15,8 +15,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from pyroaring import BitMap
@@ -36,6 +39,7 @@ from hpcresume.segment.segment import Failure, Segment, SegmentFooter, Writer, o
 
 KIND = b"GENR"
 STAYS = 1 << 62
+_MANY = 64
 log = logging.getLogger(__name__)
 
 
@@ -255,12 +259,40 @@ def read_union(run: RunDir, *, max_attempts: int) -> Union:
             union, packs = load_newest(run), Packs(run)
             packed = take_up_packs(run, union, packs)
             names = unfolded(run, union, packed)
-            for name in names:
-                fold_named(run, union, name, packs=packs, max_attempts=max_attempts)
+            for name, opened in _open_ahead(packs, union, names):
+                fold_named(run, union, name, packs=packs, max_attempts=max_attempts, opened=opened)
             # What was moved into a pack meanwhile is in a newer generation.
             newest = max(union.number, union.passed_over)
             if not _are_gone(run, union, names) or run.generation_numbers()[-1:] <= [newest]:
                 return union
+
+
+def _open_ahead(
+    packs: Packs, union: Union, names: list[SegmentName]
+) -> Iterator[tuple[SegmentName, Callable[[], Segment]]]:
+    """Yield segments in order, each with what returns it, or raises why it cannot be opened.
+
+    Where there are many, some are being opened while the first ones are folded: on a shared
+    file system nearly all of the time is waiting for its answers.
+    """
+
+    def opener(name: SegmentName) -> Callable[[], Segment]:
+        key = key_of(name)
+        return partial(packs.segment, key, union.pack_of.get(key, 0))
+
+    readers = packs.run.fs.readers
+    if readers == 1 or len(names) < _MANY:
+        yield from ((name, opener(name)) for name in names)
+        return
+    opening: deque[tuple[SegmentName, Future[Segment]]] = deque()
+    with ThreadPoolExecutor(readers) as pool:
+        for name in names:
+            opening.append((name, pool.submit(opener(name))))
+            if len(opening) >= 4 * readers:
+                first, segment = opening.popleft()
+                yield first, segment.result
+        for name, segment in opening:
+            yield name, segment.result
 
 
 def _are_gone(run: RunDir, union: Union, names: list[SegmentName]) -> bool:
@@ -301,8 +333,17 @@ def fold_named(
     *,
     max_attempts: int,
     packs: Packs | None = None,
+    opened: Callable[[], Segment] | None = None,
 ) -> SegmentFooter | None:
     """Take a published segment into a union and return what it says.
+
+    Args:
+        run: The run.
+        union: The union.
+        name: The segment.
+        max_attempts: Tries after which a source is quarantined.
+        packs: The run's packs.
+        opened: What returns the segment, as :meth:`Packs.segment` does.
 
     Returns:
         None where it is damaged or gone: the union then says so, or a later call does.
@@ -313,7 +354,7 @@ def fold_named(
     relative, key, packs = relative_name(run, name), key_of(name), packs or Packs(run)
     pack = union.pack_of.get(key, 0)
     try:
-        segment = packs.segment(key, pack)
+        segment = opened() if opened is not None else packs.segment(key, pack)
         if relative in union.bad:
             segment.verify()
         union.fold(segment, name.name, max_attempts=max_attempts)

@@ -36,6 +36,7 @@ from hpcresume.errors import (
     StageStartError,
     UsageError,
 )
+from hpcresume.pipeline.finder import CopyFinder
 from hpcresume.pipeline.params import convert_parameters, to_json
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.pipeline.siblings import is_users, sibling_files
@@ -152,6 +153,8 @@ def load_snapshot(directory: Path) -> LoadedPipeline:
     spec = _snapshot_spec(directory, manifest)
     # For good: a stage that imports its helpers late must not write into the run either.
     sys.dont_write_bytecode = True
+    place = str(spec.path.parent)
+    sys.path_importer_cache[place] = CopyFinder(place)
     try:
         return _load(spec, manifest["params"])
     except (PipelineError, UsageError) as error:

@@ -14,6 +14,8 @@ from pathlib import Path
 from hpcresume.errors import TestbedError
 
 PIPELINE = """
+import importlib
+
 import hpcresume as hr
 
 
@@ -21,7 +23,9 @@ def double(i):
     return {"i": i, "y": 2 * i}
 
 
-def pipeline(n: int) -> hr.Pipeline:
+def pipeline(n: int, modules: str = "") -> hr.Pipeline:
+    for name in modules.split():
+        importlib.import_module(name)
     return hr.Pipeline(name="counts", sources=hr.indexed(n), stages=[double])
 """
 KINDS = {
@@ -42,12 +46,19 @@ _PROCESSES = "execve,clone,clone3,vfork,fork"
 
 
 def count(
-    directory: Path, sources: int, *, engine: str = "inline", max_records: int = 0
+    directory: Path,
+    sources: int,
+    *,
+    engine: str = "inline",
+    workers: int = 1,
+    modules: str = "",
+    max_records: int = 0,
 ) -> Counter[str]:
     """Run an array task of trivial sources and return its calls on the run directory by kind.
 
     The calls of all its processes count, from the start of the supervisor on.  It publishes
     once, at its end, however long it takes; or after so many records, where that is given.
+    The pipeline imports the modules named.
 
     Raises:
         RuntimeError: The run failed, or strace cannot trace here.
@@ -62,7 +73,7 @@ def count(
         *("-e", f"trace={_PROCESSES},%file,fsync,fdatasync"),
         *(sys.executable, "-m", "hpcresume", "submit", "counts.py", "--cluster", "local"),
         *("-P", f"n={sources}", "--run-dir", str(run), "--local-dir", str(directory)),
-        *("--engine", engine, "-c", "1"),
+        *("--engine", engine, "-c", str(workers), "-P", f"modules={modules}"),
     ]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:

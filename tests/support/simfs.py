@@ -200,6 +200,9 @@ class _Handle:
 class SimFileSystem:
     """One client of a server."""
 
+    # Every call has its place in the order of events.
+    readers = 1
+
     def __init__(self, server: SimServer | None = None) -> None:
         self.server = server or SimServer()
         self.calls: list[tuple[str, str]] = []

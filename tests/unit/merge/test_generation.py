@@ -6,12 +6,14 @@ import errno
 import itertools
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
 from pyroaring import BitMap
 
 from hpcresume.errors import RunDirError, SharedStorageError
+from hpcresume.fs import PosixFileSystem
 from hpcresume.merge.generation import (
     Union,
     load_newest,
@@ -80,6 +82,39 @@ def spoil_body(run: RunDir, name: SegmentName) -> None:
 
 
 # -- union ------------------------------------------------------------------------------------
+
+
+class _TwoAtOnce(PosixFileSystem):
+    """Answers the first that asks for a segment's size only when a second one asks."""
+
+    def __init__(self) -> None:
+        self.first, self.second = threading.Lock(), threading.Event()
+
+    def size(self, path: str) -> int:
+        if "seg-" in path:
+            if not self.first.acquire(blocking=False):
+                self.second.set()
+            elif not self.second.wait(60):
+                raise OSError(errno.ETIME, "nobody else asked")
+        return super().size(path)
+
+
+def test_many_segments_are_opened_side_by_side(tmp_path: Path) -> None:
+    """Their answers are awaited together, and the union is as if one came after the other."""
+    run = Place.make("posix", tmp_path).run()
+    # Each of them completes what the one before did, and one more.
+    names = [publish_segment(run, (0, n, 1), 1, range(n // 2, n + 1)) for n in range(80)]
+    spoilt = Path(run.segment_path(names[70]))
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    one = PosixFileSystem()
+    one.readers = 1
+    expected = union_of(RunDir.open(run.path, one))
+
+    found = union_of(RunDir.open(run.path, _TwoAtOnce()))
+
+    assert expected.won == found.won
+    assert (expected.bad, expected.fresh_paths) == (found.bad, found.fresh_paths)
+    assert (80, 79) == (len(found.completed), len(found.won))
 
 
 def test_an_empty_run(run: RunDir) -> None:
