@@ -12,12 +12,21 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 from hpcresume.errors import CorruptDataError, SharedStorageError
 from hpcresume.merge.generation import Union, fold_named, load_newest, take_up_packs
 from hpcresume.merge.packs import Packs, key_of, name_of
 from hpcresume.merge.plan import PlanFooter, open_plan
-from hpcresume.run.directory import AttemptInfo, AttemptRef, JobRecord, Outcome, RunDir, SegmentName
+from hpcresume.run.directory import (
+    OUTCOME,
+    AttemptInfo,
+    AttemptRef,
+    JobRecord,
+    Outcome,
+    RunDir,
+    SegmentName,
+)
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment.segment import Progress, SegmentFooter, Writer, open_segment
 
@@ -95,7 +104,10 @@ class AttemptFiles:
 
 @dataclass
 class RoundFiles:
-    """What files say of a round; ``tasks`` holds the attempts of each array task."""
+    """What files say of a round; ``tasks`` holds the attempts of each array task.
+
+    What is derived from ``tasks`` is kept until :meth:`changed`.
+    """
 
     number: int
     plan: PlanFooter
@@ -103,20 +115,25 @@ class RoundFiles:
     owner: str | None = None
     tasks: dict[int, list[AttemptFiles]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def attempts(self) -> list[AttemptFiles]:
         """All attempts, by array task, then epoch."""
         return [attempt for task in sorted(self.tasks) for attempt in self.tasks[task]]
 
-    @property
+    @cached_property
     def newest(self) -> dict[int, AttemptFiles]:
         """The newest attempt of each array task that has one."""
         return {task: self.tasks[task][-1] for task in sorted(self.tasks) if self.tasks[task]}
 
-    @property
+    @cached_property
     def live(self) -> list[AttemptFiles]:
         """Attempts that run."""
         return [attempt for attempt in self.attempts if attempt.state == "running"]
+
+    def changed(self) -> None:
+        """Forget what was derived from ``tasks``."""
+        for name in ("attempts", "newest", "live"):
+            self.__dict__.pop(name, None)
 
     @property
     def on_slurm(self) -> bool:
@@ -184,6 +201,8 @@ class Reader:
                 self._to_look.append((round_, task))
             if end is not None and time.monotonic() > end:
                 break
+        for round_ in self.rounds:
+            round_.changed()
 
     def _note_rounds(self) -> None:
         # What happened in a round until the next one came has not been listed yet.
@@ -233,9 +252,13 @@ class Reader:
     def _read(self, attempt: AttemptFiles) -> None:
         if attempt.info is None:
             attempt.info = self.run.attempt_info(attempt.ref)
-        # Before the listing: what an attempt publishes, it publishes before its outcome.
-        attempt.outcome = self.run.outcome(attempt.ref)
-        names = [n for n in self.run.segments(attempt.ref) if n.name not in attempt.known]
+        found = self.run.published(attempt.ref)
+        if OUTCOME in found:
+            attempt.outcome = self.run.outcome(attempt.ref)
+            # What an attempt publishes, it publishes before its outcome: now all of it is there.
+            found = self.run.published(attempt.ref)
+        fresh = (SegmentName(attempt.ref, name) for name in found if name not in attempt.known)
+        names = [name for name in fresh if name.seq >= 0]
         newest = max((name.seq for name in names), default=0)
         for name in sorted(names, key=lambda name: name.seq):
             footer = self._take_in(attempt, name, is_newest=name.seq == newest)

@@ -69,6 +69,7 @@ TAG = (
 )
 _PROBE_PREFIX = ".probe-"
 _ATTEMPT = re.compile(r"e(\d+)")
+OUTCOME = "outcome.json"
 _SEGMENT = re.compile(r"seg-(\d+)-[0-9a-f]{16}")
 _GENERATION = re.compile(r"gen-(\d+)")
 _PACK = re.compile(r"pack-(\d+)")
@@ -397,9 +398,13 @@ class RunDir:
             for task in self.tasks(round_):
                 yield from self.attempts(round_, task)
 
+    def published(self, ref: AttemptRef) -> list[str]:
+        """Return the names of all that an attempt has published, sorted."""
+        return list_names(self.fs, self.attempt_path(ref))
+
     def segments(self, ref: AttemptRef) -> list[SegmentName]:
         """Return an attempt's published segments, oldest first."""
-        names = list_names(self.fs, self.attempt_path(ref))
+        names = self.published(ref)
         return [SegmentName(ref, name) for name in names if _SEGMENT.fullmatch(name)]
 
     def segment_path(self, segment: SegmentName) -> str:
@@ -520,7 +525,7 @@ class RunDir:
 
     def outcome(self, ref: AttemptRef) -> Outcome | None:
         """Return how an attempt ended, once it has."""
-        return self.read_record(self.attempt_path(ref, "outcome.json"), Outcome)
+        return self.read_record(self.attempt_path(ref, OUTCOME), Outcome)
 
     def job_records(self, round_: int) -> list[JobRecord]:
         """Return what was submitted for a round."""

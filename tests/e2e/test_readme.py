@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
+import hpcresume as hr
 from hpcresume.cli import COMMANDS
 from tests import session
 from tests.support.cluster import cluster
@@ -21,15 +27,20 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CI_RUN = REPOSITORY / ".ci" / "run"
 
 
+def part_of(section: str) -> str:
+    """Return the text of a section."""
+    return README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+
+
 def blocks(language: str, *, section: str = "") -> list[str]:
     """Return the code blocks in a language, of one section or of the whole README."""
-    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0] if section else README
+    text = part_of(section) if section else README
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def write_site_files(home: Path) -> None:
     """Write every file that the section on sites shows, below a home directory."""
-    section = README.partition("\n## Settings and sites\n")[2].partition("\n## ")[0]
+    section = part_of("Settings and sites")
     found = re.findall(r"^`~/(\S+)`:\n\n```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     assert ["sites/ours/site.toml", "sites/ours/job.sh.j2"] == [name for name, _ in found]
     for name, text in found:
@@ -109,7 +120,7 @@ def test_evaluation(tmp_path: Path) -> None:
 
     assert 1 == ended.returncode, ended.stderr
     assert 2 == ended.stderr.count("2 ok, 2 errors, 0 timeouts, 0 missing of 4"), ended.stderr
-    section = README.partition("\n## Evaluation\n")[2].partition("\n## ")[0]
+    section = part_of("Evaluation")
     files = re.findall(r"^\| `(\w+\.jsonl?)`", section, flags=re.MULTILINE)
     assert 4 == len(files)
     assert [] == [name for name in files if not (tmp_path / "out" / name).exists()]
@@ -211,6 +222,104 @@ def test_the_terminal_session_plays_again() -> None:
     assert commands(played.splitlines()) == commands(lines)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(2400)
+def test_installing_from_a_fresh_clone(tmp_path: Path) -> None:
+    """The command of the section on installing leaves a row per function of the library."""
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache")
+    shutil.copytree(REPOSITORY, clone, ignore=ignored)
+    (command,) = blocks("console", section="Install")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        ["/bin/bash", "-c", command],
+        cwd=clone,
+        env={**env, "HPCRESUME_TASK__LOCAL_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert 0 == done.returncode, done.stderr
+    rows = [json.loads(line) for line in (clone / "out.jsonl").open(encoding="utf-8")]
+    assert {"json/__init__.py": "dumps"}.items() <= {
+        row["file"]: row["name"] for row in rows if row["name"] == "dumps"
+    }.items()
+    assert len(rows) > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("number", [0, 1], ids=["here", "trixie"])
+def test_the_testbeds_of_the_readme(number: int) -> None:
+    """
+    A testbed comes up, a run on it completes, and it goes down, as the section shows it: with
+    this machine's Slurm, and with that of another release of Debian.
+    """
+    script = blocks("sh", section="Testbed")[number]
+    submitted = [line for line in script.splitlines() if "hpcresume submit" in line]
+    watch = submitted[0].partition("hpcresume submit")[0] + "hpcresume status --watch"
+    with tempfile.TemporaryDirectory(prefix="hpcr-") as name:
+        home = Path(name)
+        (home / "sentences.py").write_text(blocks("python", section="A first pipeline")[0])
+        (home / "texts").mkdir()
+        (home / "texts" / "a.txt").write_text("One is small. Three is a longer sentence.")
+        script = script.replace(submitted[0], f"{submitted[0]} --engine inline\n{watch}")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        env |= {"XDG_STATE_HOME": name, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        try:
+            done = subprocess.run(
+                ["/bin/bash", "-ec", script],
+                cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                check=False,
+            )  # fmt: skip
+        finally:
+            down = [sys.executable, "-m", "hpcresume", "testbed", "down"]
+            subprocess.run(down, cwd=home, env=env, capture_output=True, check=False)
+
+        assert 0 == done.returncode, (done.stdout, done.stderr)
+        assert "1 of 1 source done" in done.stdout, (done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_real_code(tmp_path: Path) -> None:
+    """The command over HumanEval runs as it stands, here on the first candidates."""
+    _, command = blocks("sh", section="Evaluation")
+    ended = shell(f"export PATH=$PATH:/bin:/usr/bin\n{command.rstrip()} --limit 20", tmp_path)
+
+    assert 0 == ended.returncode, ended.stderr
+    rows = (tmp_path / "humaneval" / "workflow_output.jsonl").read_text().splitlines()
+    assert 20 == len(rows)
+
+
+def test_the_fragments_of_pipelines(tmp_path: Path) -> None:
+    """What the section on pipelines shows in part is a stage, a stage over chunks, and a sink."""
+    embed, documents, sink = blocks("python", section="Pipelines")
+    names: dict[str, Any] = {"hr": hr, "Iterator": Iterator, "pa": pa}
+    for block in (embed, documents, sink):
+        exec(block, names)
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": 1, "lang": "en", "text": "two words"}\n{"id": 2, "lang": "de", "text": "nein"}\n'
+    )
+    (source,) = hr.chunks(tmp_path / "in.jsonl")
+
+    hr.Pipeline("p", [], [names["Embed"](), names["documents"]], sink=names["sink"])
+    assert (64, 1) == (names["Embed"].batch_size, names["Embed"].gpus)
+    assert [{"id": 1, "words": 2}] == list(names["documents"](source.payload))
+
+
+def test_the_stage_of_serving() -> None:
+    """The stage of the section on serving is made of what the block defines."""
+    names: dict[str, Any] = {}
+    (block,) = blocks("python", section="Serving")
+    exec(block, names)
+
+    hr.Pipeline("p", [], [names["stage"]])
+    assert isinstance(names["stage"], hr.ServingStage)
+
+
 def test_python_blocks_compile() -> None:
     """Every Python block is Python."""
     found = blocks("python")
@@ -222,7 +331,7 @@ def test_python_blocks_compile() -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     """The table of commands holds every command there is, and no other."""
-    table = README.partition("\n## Commands\n")[2].partition("\n## ")[0]
+    table = part_of("Commands")
     documented = set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE))
 
     assert set(COMMANDS) == documented
@@ -257,3 +366,39 @@ def test_files_that_are_named_exist() -> None:
 
     assert named
     assert [] == [name for name in named if not (REPOSITORY / name).exists()]
+
+
+SHOWN_BY = {
+    ("What it looks like", "text"): [test_the_terminal_session_plays_again],
+    ("Install", "console"): [test_installing_from_a_fresh_clone],
+    ("A first pipeline", "python"): [test_first_pipeline],
+    ("A first pipeline", "sh"): 2 * [test_first_pipeline],
+    ("A first pipeline", "json"): [test_first_pipeline],
+    ("Pipelines", "python"): 3 * [test_the_fragments_of_pipelines],
+    ("Evaluation", "python"): [test_evaluation],
+    ("Evaluation", "sh"): [test_evaluation, test_the_evaluation_of_real_code],
+    ("Serving", "python"): [test_the_stage_of_serving],
+    # Of each pair the first block is another tool's.
+    ("Coming from another tool", "python"): 3 * [None, test_what_other_tools_scripts_become],
+    ("Settings and sites", "toml"): [test_the_site_of_the_readme_renders],
+    ("Settings and sites", "jinja"): [test_the_site_of_the_readme_renders],
+    ("Settings and sites", "bash"): [test_the_site_of_the_readme_renders],
+    ("Commands", "sh"): [test_what_is_told_and_reported_at_the_end],
+    ("Commands", "python"): [test_the_python_functions_of_the_readme],
+    ("How it works", "text"): [None],  # a diagram
+    ("Testbed", "sh"): 2 * [test_the_testbeds_of_the_readme],
+    ("Development", "console"): [test_ci_runs_the_command_of_the_readme],
+}
+"""Section and language -> the test that runs each of its blocks, in their order."""
+
+
+def test_every_block_has_a_test() -> None:
+    """A block that is added to the README, or moved, needs a test that runs it."""
+    found: dict[tuple[str, str], int] = {}
+    for section in re.findall(r"^## (.+)$", README, flags=re.MULTILINE):
+        for language in re.findall(
+            r"^```(\w*)\n.*?^```$", part_of(section), re.DOTALL | re.MULTILINE
+        ):
+            found[section, language] = found.get((section, language), 0) + 1
+
+    assert {key: len(tests) for key, tests in SHOWN_BY.items()} == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -43,9 +44,11 @@ def completed_by(command: Command, run: Path, task: int) -> int:
 def test_two_tasks_killed(each_cluster: SlurmCluster) -> None:
     """
     Of 8 array tasks on 4 nodes with private scratch two are killed; the merge job finds the
-    remainder and submits the next round by itself, and the result is right.
+    remainder and submits the next round by itself, and the result is right.  When all is
+    done the merge job tells the command of --on-end, once.
     """
-    command, run = submit(each_cluster, "--array", "8", "-c", "2", ms=600)
+    on_end = ("--on-end", "sh -c 'cat >> ended.json'")
+    command, run = submit(each_cluster, "--array", "8", "-c", "2", *on_end, ms=600)
     for task in (0, 1):
         wait_until(
             lambda task=task: completed_by(command, run, task),
@@ -59,6 +62,14 @@ def test_two_tasks_killed(each_cluster: SlurmCluster) -> None:
     assert "complete" == status["state"], status
     assert 2 == len(status["rounds"]), status
     assert fan_result() == collected(command, run)
+    ended = command.directory / "ended.json"
+    wait_until(
+        lambda: ended.exists() and ended.read_text().endswith("}"),
+        timeout_s=60,
+        describe=lambda: logs_of(run),
+    )
+    told = json.loads(ended.read_text())
+    assert ("complete", status["sources"]) == (told["state"], told["sources"])
 
 
 @pytest.mark.parametrize(
