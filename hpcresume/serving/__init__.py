@@ -17,6 +17,7 @@ from hpcresume.serving.errors import (
     UpdateInProgress,
     UpdatesEndedError,
 )
+from hpcresume.serving.host import WorkerHealth
 from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
 from hpcresume.serving.pool import ServingPool
 from hpcresume.serving.requests import Lease
@@ -54,6 +55,7 @@ __all__ = [
     "UpdatePolicy",
     "UpdateReport",
     "UpdatesEndedError",
+    "WorkerHealth",
     "WorkerState",
     "get_transport",
     "register_transport",

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from hpcresume.errors import ConfigError, PoolUnrecoverable, describe
+from hpcresume.errors import PoolUnrecoverable, describe
+from hpcresume.serving.checks import check_pool
 from hpcresume.serving.conclusion import conclude, to_its_end
 from hpcresume.serving.errors import (
     Retryable,
@@ -27,6 +28,7 @@ from hpcresume.serving.errors import (
 )
 from hpcresume.serving.execution import Execution, Payload
 from hpcresume.serving.exporting import Exporting
+from hpcresume.serving.host import WorkerHealth
 from hpcresume.serving.members import Arguments, Member, Places, RayPlaces
 from hpcresume.serving.policy import Outcome, Phase, UpdatePolicy, UpdateReport, WorkerState
 from hpcresume.serving.requests import Lease, Requests
@@ -54,6 +56,8 @@ class ServingPool:
         policy: Deadlines, and what an update may do.
         worker_args: Arguments for the worker's class: positional ones and keywords.
         exporter_args: The same for the exporter's.
+        request_timeout_s: A worker that has not answered a request after so long is killed and
+            replaced, and its requests are retryable; None: only an update finds it.
         places: Where members run; as actors of this process's Ray head unless given.
         journal: Where every step of an update is noted before it is taken.
 
@@ -71,11 +75,12 @@ class ServingPool:
         policy: UpdatePolicy | None = None,
         worker_args: Arguments = ((), {}),
         exporter_args: Arguments = ((), {}),
+        request_timeout_s: float | None = None,
         places: Places | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.policy = policy or UpdatePolicy()
-        _check(worker, n, exporter, self.policy)
+        check_pool(worker, n, exporter, self.policy, request_timeout_s)
         self._kind = worker
         self._transport = get_transport(transport)
         self._worker_args = worker_args
@@ -89,11 +94,14 @@ class ServingPool:
         self._unrecoverable: PoolUnrecoverable | None = None
         self._closed = False
         self._no_updates = ""
+        self._phase: Phase | None = None
         self._waiters = Waiters()
         self._requests = Requests(
             self._seats.values(),
             self._waiters,
             concurrency=worker.concurrency,
+            timeout_s=request_timeout_s,
+            fence_s=self.policy.fence_s,
             check_usable=self._check_usable,
             version=lambda: self.version,
         )
@@ -114,7 +122,19 @@ class ServingPool:
         """Return how the pool stands."""
         workers = {name: seat.shown for name, seat in self._seats.items()}
         reason = "" if self._unrecoverable is None else str(self._unrecoverable)
-        return PoolState(None if reason else self.version, workers, reason)
+        return PoolState(None if reason else self.version, workers, self._phase, reason)
+
+    async def health(self, timeout_s: float = 10) -> dict[str, WorkerHealth | None]:
+        """Ask every worker how it stands; a request or a phase that hangs does not keep it.
+
+        Args:
+            timeout_s: How long to wait for an answer.
+
+        Returns:
+            The workers' answers by name; None: dead, or there was none in time.
+        """
+        answers = await asyncio.gather(*(seat.health(timeout_s) for seat in self._seats.values()))
+        return dict(zip(self._seats, answers, strict=True))
 
     async def start(self) -> None:
         """Make all workers and the exporter; they take requests after the first update.
@@ -285,6 +305,7 @@ class ServingPool:
             for name, seat in seats.items():
                 if name not in resumed or update.states[name] is WorkerState.DEAD:
                     seat.state = update.states[name]
+            self._phase = None if step is None else step.phase
             if step is not None and step.phase is Phase.RESUME and not step.is_old:
                 # From here on workers answer with it.
                 self._payload = execution.new
@@ -347,19 +368,8 @@ class ServingPool:
 
     async def _fill(self, seat: Seat) -> None:
         """Make a worker for a seat; it is stale at first."""
-        seat.state = WorkerState.STARTING
-        member = self._places.worker(max(1, self._kind.concurrency))
-        seat.member = member
-        try:
-            async with asyncio.timeout(self.policy.start_s):
-                environ = self._places.environ(seat.index)
-                made = (self._kind, self._worker_args, self._transport, environ)
-                await member.call("make", *made)
-        except BaseException:
-            await member.kill(self.policy.fence_s)
-            seat.state = WorkerState.DEAD
-            raise
-        seat.state = WorkerState.STALE
+        made = (self._kind, self._worker_args, self._transport)
+        member = await seat.fill(self._places, made, self.policy)
         member.died.add_done_callback(lambda _: self._note_death(seat, member))
         self._waiters.wake()
 
@@ -485,31 +495,3 @@ class ServingPool:
             for seat in self._seats.values():
                 seat.state = WorkerState.RETIRED
             self._forget(self._payload)
-
-
-def _check(
-    worker: type[StatefulWorker],
-    n: int,
-    exporter: type[StateExporter] | None,
-    policy: UpdatePolicy,
-) -> None:
-    if not (isinstance(worker, type) and issubclass(worker, StatefulWorker)):
-        raise ConfigError(f"worker={worker!r} is no StatefulWorker class. Derive one from it.")
-    if exporter is not None and not (
-        isinstance(exporter, type) and issubclass(exporter, StateExporter)
-    ):
-        raise ConfigError(f"exporter={exporter!r} is no StateExporter class. Derive one from it.")
-    if n < 1 or policy.min_serving > n:
-        raise ConfigError(
-            f"a pool of {n} workers cannot keep min_serving={policy.min_serving} of them."
-        )
-    if policy.pause == "keep" and worker.pause is StatefulWorker.pause:
-        raise ConfigError(
-            f"{worker.__name__} overrides no pause(), which would have to hold the requests in "
-            "flight. Override it and resume(), or set pause='drain' or 'abort'."
-        )
-    if policy.overlap and worker.in_place:
-        raise ConfigError(
-            f"{worker.__name__} is in_place: it cannot be overwritten while it serves. "
-            "Set overlap=False, or stage the state."
-        )

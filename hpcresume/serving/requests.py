@@ -49,6 +49,8 @@ class Requests:
         seats: The pool's places.
         waiters: Woken whenever one of them may have become free.
         concurrency: Requests that one worker answers at once.
+        timeout_s: Time after which a worker that has not answered is killed, None: none.
+        fence_s: How long its death is waited for.
         check_usable: Raises where no worker ever will answer.
         version: Returns the version that is served.
     """
@@ -59,10 +61,13 @@ class Requests:
         waiters: Waiters,
         *,
         concurrency: int,
+        timeout_s: float | None,
+        fence_s: float,
         check_usable: Callable[[], None],
         version: Callable[[], int | None],
     ) -> None:
         self._seats, self._waiters, self._concurrency = list(seats), waiters, concurrency
+        self._timeout_s, self._fence_s = timeout_s, fence_s
         self._check_usable, self._version = check_usable, version
         self._turn = 0
 
@@ -110,10 +115,18 @@ class Requests:
         member, held = seat.member, self._version()
         assert member is not None
         seat.in_flight += 1
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            reply = await member.call("request", method, arguments, named)
+            async with limit:
+                reply = await member.call("request", method, arguments, named)
         except MemberDiedError as error:
             raise Retryable(held, f"{seat.name} died while it answered") from error
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # the user's method raised it
+            await member.kill(self._fence_s)
+            reason = f"{seat.name} did not answer within {self._timeout_s:g} s and was killed"
+            raise Retryable(held, reason) from error
         finally:
             seat.in_flight -= 1
             self._waiters.wake()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpcresume.serving.members import Member
-from hpcresume.serving.policy import WorkerState
+from hpcresume.serving.host import WorkerHealth
+from hpcresume.serving.members import Member, MemberDiedError, Places
+from hpcresume.serving.policy import Phase, UpdatePolicy, WorkerState
+from hpcresume.serving.worker import StatefulWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,13 @@ class PoolState:
     Attributes:
         version: Version that is served, None where none is.
         workers: How each worker stands.
+        phase: What an update that is in progress does, None where there is none.
         unrecoverable: Why it serves nothing any more; empty while it can.
     """
 
     version: int | None
     workers: dict[str, WorkerState]
+    phase: Phase | None
     unrecoverable: str
 
     @property
@@ -75,6 +80,41 @@ class Seat:
     def is_dead(self) -> bool:
         """Whether nobody holds the place."""
         return self.member is None or self.member.died.done()
+
+    async def fill(
+        self, places: Places, made: tuple[type[StatefulWorker], Any, Any], policy: UpdatePolicy
+    ) -> Member:
+        """Have somebody take the place, stale at first, and return who.
+
+        Args:
+            places: Where workers run.
+            made: What the worker is made of: its class, the arguments, the transport.
+            policy: How long that may take.
+
+        Raises:
+            Exception: What the making raised; the place is empty then.
+        """
+        self.state = WorkerState.STARTING
+        self.member = member = places.worker(max(1, made[0].concurrency))
+        try:
+            async with asyncio.timeout(policy.start_s):
+                await member.call("make", *made, places.environ(self.index))
+        except BaseException:
+            await member.kill(policy.fence_s)
+            self.state = WorkerState.DEAD
+            raise
+        self.state = WorkerState.STALE
+        return member
+
+    async def health(self, timeout_s: float) -> WorkerHealth | None:
+        """Ask who holds the place how it stands; None: nobody does, or says so in time."""
+        if self.member is None or self.is_dead or self.state is WorkerState.STARTING:
+            return None
+        with contextlib.suppress(MemberDiedError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                health: WorkerHealth = await self.member.call("health")
+                return health
+        return None
 
     @property
     def shown(self) -> WorkerState:

@@ -19,6 +19,7 @@ from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.sentinels import Many
 from hpcresume.pipeline.stage import Stage
 from hpcresume.serving.blocking import BlockingPool
+from hpcresume.serving.checks import check_pool
 from hpcresume.serving.errors import Retryable, UpdateInProgress, UpdatesEndedError
 from hpcresume.serving.members import Arguments, LocalPlaces, Places, RayPlaces
 from hpcresume.serving.policy import UpdatePolicy, UpdateReport
@@ -52,6 +53,8 @@ class ServingStage(Stage):
             that is started again within an attempt goes on from the version it had reached.
         transport: How states travel.
         policy: Deadlines, and what an update may do.
+        request_timeout_s: A worker that has not answered an item after so long is killed and
+            replaced, and the item is asked again; None: no limit.
         worker_args: Arguments for the worker's class: positional ones and keywords.
         exporter_args: The same for the exporter's.
         name: The stage's name.
@@ -61,6 +64,7 @@ class ServingStage(Stage):
 
     Raises:
         PipelineError: An argument cannot be right.
+        ConfigError: The same, of those that the pool is made with.
     """
 
     workers = 1
@@ -77,6 +81,7 @@ class ServingStage(Stage):
         first_version: int = 1,
         transport: str | StateTransport = "object",
         policy: UpdatePolicy | None = None,
+        request_timeout_s: float | None = None,
         worker_args: Arguments = ((), {}),
         exporter_args: Arguments = ((), {}),
         name: str | None = None,
@@ -99,6 +104,7 @@ class ServingStage(Stage):
                 "pause='keep' lets one answer be made by two versions, and a stage's rows name "
                 "one. Set pause='drain' or 'abort', or use a ServingPool, whose answers say both."
             )
+        check_pool(worker, size, exporter, policy or UpdatePolicy(), request_timeout_s)
         self.name = name or type(self).name
         self.cpus = size if cpus is None else cpus
         self.gpus = gpus
@@ -107,6 +113,7 @@ class ServingStage(Stage):
         self._exporter, self._refresh_every_s = exporter, refresh_every_s
         self._version_field, self._first_version = version_field, first_version
         self._transport, self._policy = transport, policy
+        self._request_timeout_s = request_timeout_s
         self._worker_args, self._exporter_args = worker_args, exporter_args
         self._front: BlockingPool | None = None
 
@@ -137,6 +144,7 @@ class ServingStage(Stage):
             exporter=self._exporter,
             transport=self._transport,
             policy=self._policy,
+            request_timeout_s=self._request_timeout_s,
             worker_args=self._worker_args,
             exporter_args=self._exporter_args,
             places=self._places(),

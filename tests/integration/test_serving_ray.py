@@ -202,6 +202,9 @@ def test_the_loop_is_never_blocked(tmp_path: Path) -> None:
                 await asyncio.sleep(0.02)
                 lags.append(time.monotonic() - begun - 0.02)
             assert not update.done()
+            # A phase that hangs keeps no worker from saying how it stands.
+            health = await case.pool.health(60)
+            assert [1, 1] == [one.held.version for one in health.values()]
             case.faults.disarm()
             assert Outcome.COMMITTED is (await update).outcome
             # The machine itself may stall once; a blocking call would last for the whole push.

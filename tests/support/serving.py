@@ -151,6 +151,10 @@ class Faulty(StatefulWorker):
             time.sleep(0.01)
         return "partial"
 
+    def time_out(self) -> None:
+        """Raise what a limit raises."""
+        raise TimeoutError("mine")
+
     def pid(self) -> int:
         """Return the process."""
         return os.getpid()
@@ -301,7 +305,7 @@ async def pool_of(
     places: Any = None,
     transport: Any = "object",
     version: int | None = 1,
-    journal: Any = None,
+    **options: Any,
 ) -> AsyncGenerator[PoolCase, None]:
     """Run a pool that serves a version; in this process unless ``places`` says otherwise."""
     directory = tmp_path / f"faults-{time.monotonic_ns()}"
@@ -314,7 +318,7 @@ async def pool_of(
         policy=policy,
         places=places or LocalPlaces(),
         transport=transport,
-        journal=journal,
+        **options,
         worker_args=((faults,), {}),
         exporter_args=((faults,), {}) if exporter is Source else ((), {}),
     )

@@ -25,7 +25,7 @@ from hpcresume.serving import (
     UpdatesEndedError,
 )
 from hpcresume.serving.members import LocalPlaces
-from hpcresume.serving.policy import Outcome, WorkerState
+from hpcresume.serving.policy import Outcome, Phase, WorkerState
 from hpcresume.serving.transport import ObjectTransport
 from hpcresume.updates import Journal, UpdateStep
 from tests.support.serving import (
@@ -551,6 +551,49 @@ def test_a_worker_that_holds_something_else_is_fenced(tmp_path: Path, phase: str
     run(case())
 
 
+def test_a_request_that_hangs_costs_its_worker(tmp_path: Path) -> None:
+    """
+    With a limit, a worker that does not answer is killed and replaced, and the request is
+    retryable; a method's own TimeoutError is its answer.
+    """
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=2, request_timeout_s=HANG_S) as case:
+            case.faults.arm("worker", "request", "hang")
+            with pytest.raises(Retryable, match="did not answer within 2 s") as raised:
+                await case.pool.call("work", 1)
+            assert (1, True) == (raised.value.version, raised.value.begun)
+            case.faults.disarm()
+            assert 1 == (await case.pool.call("look")).version
+            await eventually(lambda: len(case.pool.state().serving) == 2, "it is replaced")
+            with pytest.raises(TimeoutError, match="mine"):
+                await case.pool.call("time_out")
+            assert 2 == len(case.pool.state().serving)
+
+    run(case())
+
+
+def test_workers_say_how_they_stand(tmp_path: Path) -> None:
+    """In the middle of an update too; the pool says which phase it is in."""
+
+    async def case() -> None:
+        async with pool_of(tmp_path, n=2) as case:
+            case.faults.arm("worker", "stage", "slow")
+            update = asyncio.ensure_future(case.pool.update(2))
+            await eventually(lambda: "worker.stage" in case.faults.events(), "the push begins")
+            during, phase = await case.pool.health(), case.pool.state().phase
+            case.faults.disarm()
+            await update
+            after = await case.pool.health()
+            await case.pool._seats["worker-1"].member.kill(1)
+            assert (Phase.TRANSFER, None) == (phase, case.pool.state().phase)
+            assert [(1, False)] * 2 == [(h.held.version, h.is_open) for h in during.values()]
+            assert [(2, True)] * 2 == [(h.held.version, h.is_open) for h in after.values()]
+            assert None is (await case.pool.health())["worker-1"]
+
+    run(case())
+
+
 def test_closing_answers_everybody(tmp_path: Path) -> None:
     """A pool that is closed answers the parked, and winds up an update in progress."""
 
@@ -828,6 +871,7 @@ def test_what_cannot_be_right_is_refused() -> None:
         lambda: ServingPool(StatefulWorker, 2, policy=UpdatePolicy(min_serving=3), places=places),
         lambda: ServingPool(InPlaceWorker, 2, policy=UpdatePolicy(overlap=True), places=places),
         lambda: ServingPool(StatefulWorker, 2, transport="carrier-pigeon", places=places),
+        lambda: ServingPool(StatefulWorker, 2, request_timeout_s=0, places=places),
         lambda: UpdatePolicy(pause_s=0),
         lambda: UpdatePolicy(pause="freeze"),
         lambda: ServingPool(StatefulWorker, 2, policy=UpdatePolicy(pause="keep"), places=places),

@@ -14,7 +14,7 @@ import pytest
 import hpcresume as hr
 from hpcresume.deadline import note_stopping
 from hpcresume.engine.chain import Chain
-from hpcresume.errors import EXIT_SAVED, PipelineError, PoolUnrecoverable
+from hpcresume.errors import EXIT_SAVED, ConfigError, PipelineError, PoolUnrecoverable
 from hpcresume.serving import (
     BlockingPool,
     PhaseFailedError,
@@ -181,11 +181,13 @@ def test_an_item_that_is_interrupted_is_asked_again(case: ChainCase, newest: Pat
         {"refresh_every_s": 0},
         {"refresh_every_s": 1, "exporter": None},
         {"policy": UpdatePolicy(pause="keep")},
+        {"policy": UpdatePolicy(min_serving=3)},
+        {"request_timeout_s": 0},
     ],
 )
 def test_what_cannot_be_right_is_refused(options: dict[str, object]) -> None:
     """A stage that could not work is refused when the pipeline is built."""
-    with pytest.raises(PipelineError):
+    with pytest.raises((PipelineError, ConfigError)):
         hr.ServingStage(Model, 2, **{"exporter": Clock, **options})
 
 
