@@ -60,10 +60,22 @@ def measure_floor(size_mib: int, workers: int, rounds: int, *, read: bool) -> fl
 
 
 def measure_updates(
-    size_mib: int, workers: int, rounds: int, *, overlap: bool | None
+    size_mib: int, workers: int, rounds: int, *, overlap: bool | None, frees: bool = False
 ) -> dict[str, float]:
-    """Return total, service gap and commit of updates, in seconds."""
+    """Return total, service gap and commit of updates, in seconds.
+
+    Args:
+        size_mib: Size of the state.
+        workers: How many.
+        rounds: How many updates.
+        overlap: As in the policy.
+        frees: The workers free caches, and are paused before anything is made.
+    """
     from hpcresume.serving import ServingPool, StateExporter, StatefulWorker, UpdatePolicy
+
+    class Frees(StatefulWorker):
+        def release(self) -> None:
+            """Have none."""
 
     class Exporter(StateExporter):
         def __init__(self) -> None:
@@ -78,7 +90,8 @@ def measure_updates(
 
     async def run() -> list[tuple[float, float, dict[str, float]]]:
         policy = UpdatePolicy(overlap=overlap)
-        async with ServingPool(StatefulWorker, workers, exporter=Exporter, policy=policy) as pool:
+        kind = Frees if frees else StatefulWorker
+        async with ServingPool(kind, workers, exporter=Exporter, policy=policy) as pool:
             await pool.update(1)
             found = []
             for version in range(2, 2 + rounds):
@@ -89,7 +102,7 @@ def measure_updates(
                 found.append(
                     (
                         total - made,
-                        report.gap_s - (made if overlap is False else 0),
+                        report.gap_s - (made if frees else 0),
                         report.phases_s,
                     )
                 )
@@ -127,8 +140,9 @@ def main() -> None:
         sizes = (given.size_mib, given.workers, given.rounds)
         floor = measure_floor(*sizes, read=False)
         read = measure_floor(*sizes, read=True)
-        paused = measure_updates(given.size_mib, given.workers, given.rounds, overlap=False)
-        overlapped = measure_updates(given.size_mib, given.workers, given.rounds, overlap=None)
+        paused = measure_updates(*sizes, overlap=None, frees=True)
+        in_push = measure_updates(*sizes, overlap=False)
+        overlapped = measure_updates(*sizes, overlap=None)
     finally:
         head.close()
         shutil.rmtree(temp, ignore_errors=True)
@@ -140,6 +154,7 @@ def main() -> None:
                 "floor_s": round(floor, 4),
                 "floor_read_s": round(read, 4),
                 "paused_first": _beside(paused, floor, read),
+                "paused_for_the_push": _beside(in_push, floor, read),
                 "default": _beside(overlapped, floor, read),
             },
             indent=1,

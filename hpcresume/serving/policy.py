@@ -69,7 +69,7 @@ class UpdatePolicy:
             ``keep`` has the worker's own ``pause`` hold them, to go on after the update.
         overlap: Push before the pause, so that it spans the commit alone; workers then hold
             two states while they serve, and cannot be ``in_place``.  None: where the
-            worker's class has no ``release`` of its own, which makes room for the second.
+            worker's class is not, and has no ``release`` of its own, which makes room.
     """
 
     pause_s: float = 60

@@ -268,7 +268,11 @@ class ServingPool:
     def _overlaps(self) -> bool:
         if self.policy.overlap is not None:
             return self.policy.overlap
-        return not self._kind.in_place and self._kind.release is StatefulWorker.release
+        return not (self._kind.in_place or self._frees_caches)
+
+    @property
+    def _frees_caches(self) -> bool:
+        return self._kind.release is not StatefulWorker.release
 
     def _running(self) -> dict[str, Seat]:
         wanted = (WorkerState.SERVING, WorkerState.STALE)
@@ -284,6 +288,7 @@ class ServingPool:
             in_place=self._kind.in_place,
             has_exporter=exporter is not None,
             has_old=self._payload is not None,
+            frees_caches=self._frees_caches,
         )
         return self._make_execution(update, seats, exporter, old=self._payload)
 

@@ -105,6 +105,7 @@ class Update:
         in_place: Whether pushing overwrites what is served.
         has_exporter: Whether there is somebody to prepare and to build the state.
         has_old: Whether the old version's state is there to be pushed again.
+        frees_caches: Whether a pause makes room that preparing and building may need.
 
     Attributes:
         states: How each worker stands.
@@ -122,10 +123,12 @@ class Update:
         in_place: bool = False,
         has_exporter: bool = True,
         has_old: bool = False,
+        frees_caches: bool = True,
     ) -> None:
         self.states = dict(workers)
         self.old, self.new, self._policy = old, new, policy
         self._in_place, self._has_exporter, self._has_old = in_place, has_exporter, has_old
+        self._pauses_first = frees_caches and not policy.overlap
         self._serving = [n for n, s in workers.items() if s is WorkerState.SERVING]
         self._closed: list[str] = []
         self._released: list[str] = []
@@ -159,9 +162,11 @@ class Update:
     # Towards the new version.
 
     def _forward(self) -> Steps[None]:
-        if not self._policy.overlap:
+        if self._pauses_first:
             yield from self._pause()
         yield from self._prepare()
+        if not (self._pauses_first or self._policy.overlap):
+            yield from self._pause()
         if self._in_place:
             yield from self._overwrite()
         else:

@@ -16,9 +16,9 @@ class StatefulWorker:
 
     The pool makes one in a process of its own, gives it a state, and calls its hooks in this
     order: ``pause``, ``release``, ``prepare``, ``stage`` (or ``apply``), ``commit``,
-    ``finalize``, ``restore``, ``resume``.  While it is paused it is given no request.  The
-    hooks of one worker run one at a time; requests run beside ``stage`` where the pool's
-    policy says so, and beside nothing else.
+    ``finalize``, ``restore``, ``resume``.  Where ``release`` is not overridden the pause comes
+    later: before ``commit``, or before ``apply``.  While it is paused it is given no request.
+    The hooks of one worker run one at a time; requests run beside those before the pause.
 
     Attributes:
         in_place: :meth:`apply` overwrites the state that is served.  What it has touched

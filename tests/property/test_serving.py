@@ -170,6 +170,7 @@ def test_every_course_of_an_update_keeps_the_contract(data: st.DataObject) -> No
         in_place=in_place,
         has_exporter=draw(st.booleans()),
         has_old=draw(st.booleans()),
+        frees_caches=draw(st.booleans()),
     )
     pool.check()
     cancel_at = draw(st.none() | st.integers(0, 12))

@@ -767,22 +767,31 @@ def test_overlap_serves_while_it_pushes(tmp_path: Path) -> None:
 
 
 def test_workers_without_caches_serve_while_they_receive(tmp_path: Path) -> None:
-    """Unless told otherwise, only a worker with a ``release`` of its own is paused first."""
+    """
+    Unless told otherwise, only a worker that is in place is paused for the push, and only
+    one with a ``release`` of its own before the state is built.
+    """
 
     class Plain(Faulty):
         release = StatefulWorker.release
 
-    async def order(kind: type[Faulty], policy: UpdatePolicy) -> bool:
+    class PlainInPlace(InPlace):
+        release = StatefulWorker.release
+
+    async def before_the_pause(kind: type[Faulty], policy: UpdatePolicy) -> list[str]:
         async with pool_of(tmp_path, n=1, kind=kind, policy=policy) as case:
             await case.pool.update(2)
             assert {2} == await case.check_contract()
             events = case.faults.events()
-            return events.index("worker.stage") < events.index("worker.pause")
+            before = events[: events.index("worker.pause")]
+            return [name for name in ("exporter.export", "worker.stage") if name in before]
 
-    assert run(order(Plain, QUICK))
-    assert not run(order(Faulty, QUICK))
-    assert not run(order(InPlace, QUICK))
-    assert not run(order(Plain, replace(QUICK, overlap=False)))
+    patient = replace(QUICK, overlap=False)
+    assert ["exporter.export", "worker.stage"] == run(before_the_pause(Plain, QUICK))
+    assert ["exporter.export"] == run(before_the_pause(Plain, patient))
+    assert ["exporter.export"] == run(before_the_pause(PlainInPlace, QUICK))
+    assert [] == run(before_the_pause(Faulty, QUICK))
+    assert [] == run(before_the_pause(InPlace, QUICK))
 
 
 def test_the_total_limit_ends_an_update(tmp_path: Path) -> None:
