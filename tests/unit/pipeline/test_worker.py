@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import hpcresume as hr
+from hpcresume.deadline import note_stopping
 from hpcresume.errors import PipelineError, StageStartError
 from tests.unit.pipeline.test_context import is_running, wait_gone
 
@@ -168,3 +169,13 @@ def test_ports_are_not_handed_out_twice(worker: hr.Worker) -> None:
     ports = [worker.free_port() for _ in range(50)]
 
     assert (50, True) == (len(set(ports)), all(1024 <= p < 65536 for p in ports))
+
+
+def test_a_worker_knows_that_its_attempt_is_stopping(tmp_path: Path) -> None:
+    """From the moment the attempt takes no more sources on; without an attempt never."""
+    worker = hr.Worker(index=0, cpus=1, gpus=0, scratch=tmp_path / "worker", attempt=tmp_path)
+    before = worker.is_stopping
+    note_stopping(str(tmp_path))
+
+    assert (False, True) == (before, worker.is_stopping)
+    assert not hr.Worker(index=0, cpus=1, gpus=0, scratch=tmp_path / "worker").is_stopping

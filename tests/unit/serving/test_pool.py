@@ -340,7 +340,7 @@ def test_a_cancelled_commit_goes_forward(tmp_path: Path) -> None:
     """Once a worker may have committed there is no way back: the new version is served."""
 
     async def case() -> None:
-        async with pool_of(tmp_path, policy=replace(QUICK, cancel_s=2 * HANG_S)) as case:
+        async with pool_of(tmp_path, policy=replace(QUICK, cancel_s=HANG_S)) as case:
             case.faults.arm("worker", "commit", "slow")
             task = asyncio.ensure_future(case.pool.update(2))
             await eventually(lambda: "worker.commit" in case.faults.events(), "the commit begins")
