@@ -31,10 +31,12 @@ from hpcresume.serving.transport import (
     register_transport,
 )
 from hpcresume.serving.worker import StateExporter, StatefulWorker
+from hpcresume.updates import Journal, UpdateStep
 
 __all__ = [
     "BlockingPool",
     "FileTransport",
+    "Journal",
     "Lease",
     "ObjectTransport",
     "Outcome",
@@ -54,6 +56,7 @@ __all__ = [
     "UpdateInProgress",
     "UpdatePolicy",
     "UpdateReport",
+    "UpdateStep",
     "UpdatesEndedError",
     "WorkerHealth",
     "WorkerState",
