@@ -141,7 +141,7 @@ def pipeline(place: str, n: int = 200):
     arguments = ((place,), {})
     stage = hr.ServingStage(Model, 2, exporter=Trainer, worker_args=arguments,
                             exporter_args=arguments, refresh_every_s=0.1,
-                            policy=UpdatePolicy(cancel_s=1), name="serve")
+                            policy=UpdatePolicy(cancel_s=3), name="serve")
     return hr.Pipeline(name="push", sources=hr.indexed(n), stages=[stage])
 '''
 

@@ -242,7 +242,8 @@ def test_a_stopping_attempt_winds_an_update_up(
     When the attempt is to end, a push that hangs is given up: a parked item is answered by the
     old version, and the item that asked for the update is left to the next attempt.
     """
-    pushing, release, first = threading.Event(), threading.Event(), threading.Lock()
+    pushing, pushed, release = threading.Event(), threading.Event(), threading.Event()
+    first = threading.Lock()
 
     class Hanging(Model):
         def release(self):
@@ -253,13 +254,15 @@ def test_a_stopping_attempt_winds_an_update_up(
                 pushing.set()
                 release.wait(60)
             super().stage(version, parts)
+            if version == 7:
+                pushed.set()
 
     serving = hr.ServingStage(
         Hanging,
         2,
         exporter=Clock,
         exporter_args=((str(newest),), {}),
-        policy=UpdatePolicy(cancel_s=0.5),
+        policy=UpdatePolicy(cancel_s=2),
     )
 
     chain = attempt_case(case, serving, tmp_path / "attempt")
@@ -267,7 +270,7 @@ def test_a_stopping_attempt_winds_an_update_up(
 
     async def stop() -> tuple[object, bool]:
         asking = asyncio.ensure_future(serving.refresh(7))
-        await asyncio.to_thread(pushing.wait, 20)
+        await asyncio.to_thread(lambda: pushing.wait(20) and pushed.wait(20))
         parked = asyncio.ensure_future(serving.process("a"))
         note_stopping(str(tmp_path / "attempt"))
         row = await parked
