@@ -216,11 +216,12 @@ def test_the_loop_is_never_blocked(tmp_path: Path) -> None:
 def test_kill_9(tmp_path: Path) -> None:
     """
     A worker killed while it answers: that request is retryable, all others are
-    answered, and its successor serves only what was pushed to it.
+    answered, and its successor serves only what was pushed to it, here through files.
     """
 
     async def case() -> None:
-        async with pool_of(tmp_path, n=2, places=RayPlaces(), policy=PATIENT) as case:
+        options = {"places": RayPlaces(), "policy": PATIENT, "transport": "file"}
+        async with pool_of(tmp_path, n=2, **options) as case:
             await case.pool.update(2)
             case.faults.arm("worker", "waiting", "raise", only_one=False)
             async with case.pool.lease() as lease:

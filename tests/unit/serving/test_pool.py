@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from hpcresume.errors import ConfigError, PoolUnrecoverable
 from hpcresume.serving import (
+    FileTransport,
     PhaseFailedError,
     Retryable,
     ServingError,
@@ -255,6 +257,30 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
             assert {1} == await case.check_contract()
 
     run(case())
+
+
+def test_states_travel_through_files(tmp_path: Path) -> None:
+    """
+    Files of the version that is served stay for workers that are replaced; those of older
+    versions, of updates that failed, and all of them at the end, are removed.
+    """
+    directory = tmp_path / "states"
+
+    async def case() -> None:
+        transport = FileTransport(str(directory))
+        async with pool_of(tmp_path, n=2, transport=transport) as case:
+            await case.pool.update(2)
+            case.faults.arm("worker", "stage", "raise")
+            assert isinstance(await case.try_update(3), BoomError)
+            case.faults.disarm()
+            assert 1 == len(os.listdir(directory))
+            await case.pool._seats["worker-0"].member.kill(1)
+            await eventually(lambda: len(case.pool.state().serving) == 2, "it is replaced")
+            assert {2} == await case.check_contract()
+
+    run(case())
+
+    assert [] == os.listdir(directory)
 
 
 def test_too_few_workers_are_unrecoverable(tmp_path: Path) -> None:
