@@ -28,6 +28,7 @@ from hpcresume.pipeline.records import (
     file_size,
     json_row,
     line_text,
+    open_file,
     parquet_file,
     read_lines,
     reading,
@@ -123,12 +124,14 @@ def _list_lines(path: Path, rows: int, listed: Listed) -> Iterator[Extent]:
         current = _Range(stream)
         while block := _read(stream, path):
             view, start = memoryview(block), 0
-            while (count := block.count(b"\n", start)) + current.count >= rows:
-                end = _after_newlines(block, start, rows - current.count)
-                current.add(view[start:end], rows - current.count)
+            left = block.count(b"\n")
+            while left + current.count >= rows:
+                wanted = rows - current.count
+                end = _after_newlines(block, start, wanted)
+                current.add(view[start:end], wanted)
                 yield current.close()
-                start = end
-            current.add(view[start:], count)
+                start, left = end, left - wanted
+            current.add(view[start:], left)
             ended = block.endswith(b"\n")
         if current.size:
             current.count += not ended  # the last line has no end
@@ -233,7 +236,7 @@ def _warc_file(path: Path, offset: int, *, parse_http: bool = False) -> Iterator
     iterator = import_for(path, "warcio.archiveiterator").ArchiveIterator
     broken = import_for(path, "warcio.exceptions").ArchiveLoadFailed
     try:
-        with reading(path), path.open("rb") as file:
+        with reading(path), open_file(path) as file:
             file.seek(offset)
             yield iterator(file, no_record_parse=not parse_http)
     except broken as error:

@@ -8,6 +8,8 @@ import csv
 import gzip
 import hashlib
 import math
+import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,17 +37,31 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file that can be read again."""
+    _status(path)
+    return path.open("rb")
+
+
+def _status(path: Path) -> os.stat_result:
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        # To open a pipe might take for ever.
+        raise OSError("it is no regular file")
+    return status
+
+
 def file_size(path: Path) -> int:
     """Return the size of a file in bytes."""
     with reading(path):
-        return path.stat().st_size
+        return _status(path).st_size
 
 
 def file_digest(path: Path, *, size_bytes: int | None = None) -> str:
     """Return the digest of a file, or of its first ``size_bytes``."""
     digest = hashlib.blake2b(digest_size=16)
     left = math.inf if size_bytes is None else size_bytes
-    with reading(path), path.open("rb") as file:
+    with reading(path), open_file(path) as file:
         while left > 0 and (block := file.read(int(min(left, _BLOCK_BYTES)))):
             digest.update(block)
             left -= len(block)
@@ -56,7 +72,7 @@ def file_digest(path: Path, *, size_bytes: int | None = None) -> str:
 def open_records(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed where its name ends in ``.gz``."""
     with reading(path):
-        raw = path.open("rb")
+        raw = open_file(path)
     with raw:
         yield cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
 
@@ -156,6 +172,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
             path=str(path),
         ) from error
     try:
+        open_file(path).close()
         with parquet.ParquetFile(path) as file:
             yield file
     except (ArrowException, OSError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from hpcresume.errors import SourcesError
-from hpcresume.pipeline.records import reading
+from hpcresume.pipeline.records import open_file, reading
 
 BLOCK_BYTES = 1 << 20
 # One byte of Zstandard may stand for 32 KiB: little is given to it at once.
@@ -75,7 +75,7 @@ class _Zstd:
     """A Zstandard file from the start of one of its frames."""
 
     def __init__(self, path: Path, restart: tuple[int, int]) -> None:
-        self._file: IO[bytes] = path.open("rb")
+        self._file: IO[bytes] = open_file(path)
         self._file.seek(restart[0])
         self._path, self._at = path, restart[0]
         self.position = self._made = restart[1]
@@ -144,7 +144,7 @@ def open_stream(path: Path, restart: tuple[int, int] = (0, 0)) -> Stream:
     with reading(path):
         if path.suffix == ".zst":
             return _Zstd(path, restart)
-        raw = path.open("rb")
+        raw = open_file(path)
         return _Whole(raw if path.suffix != ".gz" else _owning_gzip(raw))
 
 

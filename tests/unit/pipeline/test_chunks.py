@@ -17,6 +17,7 @@ import zstandard
 import hpcresume as hr
 from hpcresume.errors import PipelineError, SourcesError
 from hpcresume.fs import POSIX
+from hpcresume.pipeline import chunk_formats
 from hpcresume.pipeline import restarts as restarts_module
 from hpcresume.pipeline.payload import decode_payload, encode_payload
 from hpcresume.pipeline.restarts import RestartStore, directory_of
@@ -419,3 +420,54 @@ def test_memory_does_not_grow_with_the_file(gz: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "txt", "jsonl.zst", "parquet", "warc"])
+def test_what_is_no_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    """A pipe, from which reading would wait for ever, is named; a link to a file is one."""
+    path = tmp_path / f"in.{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(SourcesError, match=f"{path} cannot be read.*no regular file"):
+        list(hr.chunks(path))
+
+
+@pytest.mark.parametrize("read", [hr.lines, hr.rows], ids=["lines", "rows"])
+def test_records_of_a_pipe_are_refused(tmp_path: Path, read: Any) -> None:
+    """Every task and every submission reads the file again, which a pipe does not bear."""
+    path = tmp_path / "in.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(SourcesError, match="no regular file"):
+        list(read(path))
+
+
+def test_links(tmp_path: Path) -> None:
+    """A link to a file is read under its own name; one that leads nowhere is named, or left out."""
+    write(tmp_path / "in.jsonl", ["1"])
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path)
+
+    found = [source.id for source in hr.chunks(tmp_path / "**/*.jsonl")]
+    assert ["in.jsonl#0-0", "link.jsonl#0-0"] == found
+    with pytest.raises(SourcesError, match=r"broken\.jsonl cannot be read: No such file"):
+        list(hr.chunks(tmp_path / "broken.jsonl"))
+
+
+def test_small_chunks_cost_what_their_bytes_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many chunks lie in a block, its lines are counted once."""
+    counted: list[int] = []
+
+    class Block(bytes):
+        def count(self, *arguments: Any) -> int:
+            counted.append(len(self))
+            return super().count(*arguments)
+
+    real = chunk_formats._read
+    monkeypatch.setattr(chunk_formats, "_read", lambda *a: Block(real(*a)))
+    write(tmp_path / "in.jsonl", ["text"] * 1000)
+
+    assert 1000 == len(list(hr.chunks(tmp_path / "in.jsonl", rows=1)))
+    # The second block is the empty one at the end of the file.
+    assert [(tmp_path / "in.jsonl").stat().st_size] == [size for size in counted if size]
