@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench import counts, ours, synthetic
+from tests.bench import counts, ours, synthetic, watched
 from tests.bench.environments import PEERS, Environment
 from tests.bench.table import Case
 
@@ -24,9 +24,7 @@ HYPERQUEUE = Environment("hyperqueue", ("hyperqueue==0.27.0", "cloudpickle"))
 PARALLEL = Environment(program=("parallel", "parallel"))
 PARSL = Environment("parsl", ("parsl",))
 RAY_DATA = Environment("ray-data", ("ray[data]==2.60.0", "orjson"))
-CURATOR = Environment(
-    "curator", ("nemo-curator==1.4.0", "lmdb", "ray==2.60.0", "loguru"), ("--no-deps",)
-)
+CURATOR = Environment("curator", ("lmdb", "ray==2.60.0", "loguru"), alone=("nemo-curator==1.4.0",))
 PEER_S = 900
 TASKS = "one task per source"
 
@@ -44,19 +42,21 @@ class Sizes:
         bulk: Sources of 20 KB.
         batches: Sources of one batch of 20,000 rows.
         union: Sources that 64 writers have completed.
+        most: Sources that memory is watched over.
     """
 
     many: int = 2_000_000
     some: int = 10_000
     few: int = 500
     fan: int = 200_000
-    slow: int = 1_000
+    slow: int = 2_000
     bulk: int = 20_000
     batches: int = 100
     union: int = 100_000_000
+    most: int = 10_000_000
 
 
-TINY = Sizes(4_000, 60, 6, 400, 40, 100, 3, 100_000)
+TINY = Sizes(4_000, 60, 6, 400, 40, 100, 3, 100_000, 200_000)
 
 
 def expected(sources: int, fan: int = 0) -> str:
@@ -86,6 +86,18 @@ def check(path: Path, wanted: str) -> None:
     with path.open("rb") as file:
         found = digest(line.rstrip(b"\n") for line in file)
     assert wanted == found, f"{path} holds other rows than expected"
+
+
+def repeated(case: Case, against: str, target: str) -> Case:
+    """Return a line that compares the figure of one before it with another one's."""
+
+    def measure(_: Path) -> Measured:
+        if not case.figures:
+            raise RuntimeError(f"{case.name} was not measured")
+        return case.figures[-1], {}
+
+    name = f"{case.name}, to {against}"
+    return Case(name, case.group, case.unit, measure, against, target)
 
 
 class Bench:
@@ -156,12 +168,12 @@ class Bench:
         return [
             *self._cost(), *self._fan_out(), *self._handover(), *self._resumable(),
             *self._start(), *self._others(), *self._left(), *self._traces(), *self._bulk(),
-            *self._collect(),
+            *self._collect(), *self._drain(), *self._memory(),
         ]  # fmt: skip
 
     def _cost(self) -> list[Case]:
         group, rate, many = "cost per source", "sources/s", self.sizes.many
-        return [
+        cases = [
             Case("Ray, " + TASKS, group, rate, self._peer("ray_tasks", self.sizes.some)),
             Case("Ray pool, Python rows", group, rate, self._peer("ray_pool", many, "rows")),
             Case("Ray pool, packed rows", group, rate, self._peer("ray_pool", many, "packed")),
@@ -171,16 +183,20 @@ class Bench:
                 "hpcresume", ">= 0.8",
             ),
         ]  # fmt: skip
+        return [*cases, repeated(cases[3], "Ray, " + TASKS, ">= 100")]
 
     def _fan_out(self) -> list[Case]:
         group, rate, n = "fan-out of 10", "sources/s", self.sizes.fan
-        return [
+        tasks = self._peer("ray_tasks", self.sizes.some, "fan", fan=10)
+        cases = [
+            Case("Ray, " + TASKS, group, rate, tasks),
             Case("Ray pool, packed rows", group, rate, self._peer("ray_pool", n, "fan", fan=10)),
             Case(
                 "hpcresume", group, rate, self._ours(n, form="fan", fan=10),
                 "Ray pool, packed rows", ">= 0.7",
             ),
         ]  # fmt: skip
+        return [*cases, repeated(cases[2], "Ray, " + TASKS, ">= 50")]
 
     def _handover(self) -> list[Case]:
         group, rate, n = "unfused second stage", "sources/s", self.sizes.fan
@@ -200,7 +216,17 @@ class Bench:
             rate, values = self._ours(n, form="slow")(directory)
             return ideal * rate / n, values
 
-        return [Case("hpcresume", group, "of cores x time", measure)]
+        unit, pool = "of cores x time", self._peer("ray_pool", n, "slow")
+
+        def bare(directory: Path) -> Measured:
+            rate, values = pool(directory)
+            return ideal * rate / n, values
+
+        cases = [
+            Case("Ray pool, recording nothing", group, unit, bare),
+            Case("hpcresume", group, unit, measure, target=">= 0.97"),
+        ]
+        return [*cases, repeated(cases[1], cases[0].name, ">= 0.98")]
 
     def _start(self) -> list[Case]:
         group = "time to first result"
@@ -224,6 +250,25 @@ class Bench:
                 "ray.init and one actor call",
                 "<= 1.25",
             ),
+            *self._commands(),
+        ]
+
+    def _commands(self) -> list[Case]:
+        """Return the lines of commands that read a small run."""
+
+        def command(*words: str) -> Callable[[Path], Measured]:
+            def measure(directory: Path) -> Measured:
+                ours.submit(directory, self.cores, "--engine", "inline", n=1000)
+                line = [sys.executable, "-m", "hpcresume", *words]
+                start = time.perf_counter()
+                subprocess.run(line, cwd=directory, check=True, capture_output=True)
+                return time.perf_counter() - start, {}
+
+            return measure
+
+        return [
+            Case(f"hpcresume {' '.join(words)}", "commands", "s", command(*words), target="<= 0.3")
+            for words in (("--help",), ("status", "run"), ("merge", "run"))
         ]
 
     def _others(self) -> list[Case]:
@@ -251,6 +296,9 @@ class Bench:
         def union(directory: Path) -> Measured:
             return synthetic.union_s(directory, sizes.union)
 
+        def cold(directory: Path) -> Measured:
+            return synthetic.union_s(directory, sizes.union, is_cold=True)
+
         def again(directory: Path) -> Measured:
             ours.submit(directory, self.cores, n=sizes.many)
             start = time.perf_counter()
@@ -258,7 +306,17 @@ class Bench:
             seconds = time.perf_counter() - start
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", "pass"], check=True)
-            return seconds, {"interpreter_s": time.perf_counter() - start}
+            interpreter_s = time.perf_counter() - start
+            return seconds - interpreter_s, {"interpreter_s": interpreter_s}
+
+        def plan(directory: Path) -> Measured:
+            start = time.perf_counter()
+            options = ("--cluster", "slurm", "--array", "1000", "--dry-run")
+            with ours.start(directory, self.cores, *options, n=10**9) as process:
+                process.wait()
+            if process.returncode:
+                raise RuntimeError(f"{process.args} ended with {process.returncode}")
+            return time.perf_counter() - start, {}
 
         def peer(name: str, script: str, sources: int, where: Environment) -> Case:
             measure = self._peer(
@@ -267,22 +325,30 @@ class Bench:
             return Case(f"{name}, {sources:,} done", group, "s", measure)
 
         return [
-            Case(f"hpcresume, union and remainder of {sizes.union:,}", group, "s", union),
-            Case(f"hpcresume, the same command again, {sizes.many:,} done", group, "s", again),
+            Case(f"hpcresume, union and remainder of {sizes.union:,}", group, "s", union,
+                 target="<= 0.5"),
+            Case("the same, nothing of it in memory", group, "s", cold, target="<= 1.0"),
+            Case(f"hpcresume, the same command again, {sizes.many:,} done, less the interpreter",
+                 group, "s", again, target="<= 0.2"),
+            Case("hpcresume, planning 1,000,000,000", group, "s", plan, target="<= 5"),
             peer("NeMo Curator's union", "curator_union", sizes.fan, CURATOR),
             peer("Snakemake", "snakemake_local", sizes.few, SNAKEMAKE),
             peer("datatrove", "datatrove_local", sizes.few, DATATROVE),
-        ]
+        ]  # fmt: skip
 
     def _traces(self) -> list[Case]:
         """Return the lines about what a task leaves and asks for; they do not depend on load."""
         few, many = self.sizes.some, self.sizes.many
         calls, left = "calls on the run directory", "left in the run directory"
 
-        def task(sources: int, publications: int = 0) -> Callable[[Path], Measured]:
+        def task(
+            sources: int, publications: int = 0, workers: int = 1
+        ) -> Callable[[Path], Measured]:
             def measure(directory: Path) -> Measured:
                 rows = -(-sources // publications) if publications else 0
-                found = counts.count(directory, sources, engine="ray", max_records=rows)
+                found = counts.count(
+                    directory, sources, engine="ray", workers=workers, max_records=rows
+                )
                 files = counts.attempt_files(directory / "run")
                 segments = sum(path.name.startswith("seg-") for path in files)
                 return float(sum(found.values())), {"calls": dict(found), "segments": segments}
@@ -293,6 +359,11 @@ class Bench:
             one, _ = task(many)(directory / "one")
             more, values = task(many, 10)(directory / "more")
             return (more - one) / (values["segments"] - 1), values
+
+        def worker(directory: Path) -> Measured:
+            one, _ = task(few)(directory / "one")
+            two, values = task(few, workers=2)(directory / "two")
+            return two - one, values
 
         def files(directory: Path) -> Measured:
             ended = ours.submit(directory, self.cores, n=many)
@@ -307,10 +378,11 @@ class Bench:
             rows = (directory / "out.jsonl").stat().st_size
             return (size - rows) / many, {"published_bytes": size, "row_bytes": rows}
 
-        small = f"a task of {few:,} sources"
+        small = f"few sources, {few:,}"
         return [
             Case(small, calls, "calls", task(few)),
-            Case(f"a task of {many:,}", calls, "calls", task(many), small, "<= 1.0"),
+            Case(f"many sources, {many:,}", calls, "calls", task(many), small, "<= 1.0"),
+            Case("each further worker", calls, "calls", worker),
             Case("each further publication", calls, "calls", each, target="<= 20"),
             Case("files, less one a minute", left, "files", files, target="<= 6"),
             Case("beyond its row", left, "bytes/source", state, target="<= 10"),
@@ -373,3 +445,51 @@ class Bench:
             Case("hpcresume collect", group, "rows/s", measure,
                  "a copy line by line in Python", ">= 0.6"),
         ]  # fmt: skip
+
+    def _drain(self) -> list[Case]:
+        """Return the lines about stopping with a million completed sources."""
+        group = "from SIGTERM to the end of the task"
+
+        def keeping_up(directory: Path) -> Measured:
+            return watched.drain(directory, self.cores, published=True)
+
+        def nothing(directory: Path) -> Measured:
+            seconds, values = watched.drain(directory, self.cores, published=False)
+            plain_s = watched.plain_copy_s(directory, values["rest"])
+            return seconds - 2 * plain_s, {**values, "seconds": seconds, "plain_s": plain_s}
+
+        return [
+            Case("publisher keeping up", group, "s", keeping_up, target="<= 0.3"),
+            Case("nothing published, less twice a plain write, sync and read", group, "s", nothing,
+                 target="<= 0.3"),
+        ]  # fmt: skip
+
+    def _memory(self) -> list[Case]:
+        """Return the lines about memory; the first of them runs, the others tell of it."""
+        group, most = f"memory over {self.sizes.most:,} sources", self.sizes.most
+        last: list[watched.Memory] = []
+
+        def beyond(directory: Path) -> Measured:
+            last[:] = [watched.memory(directory, self.cores, most)]
+            points = [
+                (round(done), held)
+                for done, held in last[0].driver[:: max(1, len(last[0].driver) // 50)]
+            ]
+            return last[0].beyond_mb, {"after_start": last[0].after_start, "driver": points}
+
+        def of_last(figure: Callable[[watched.Memory], float]) -> Callable[[Path], Measured]:
+            def measure(_: Path) -> Measured:
+                if not last:
+                    raise RuntimeError("the driver was not measured")
+                return figure(last[0]), {}
+
+            return measure
+
+        growth = of_last(lambda memory: memory.at(most) / memory.at(most / 2))
+        supervisor = of_last(lambda memory: memory.supervisor / watched.MB)
+
+        return [
+            Case("driver, beyond its start", group, "MB", beyond, target="<= 100"),
+            Case("driver, all to half of the sources", group, "of it", growth, target="<= 1.1"),
+            Case("supervisor", group, "MB", supervisor, target="<= 60"),
+        ]

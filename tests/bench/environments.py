@@ -25,13 +25,13 @@ class Environment:
     Attributes:
         name: Of its directory; empty: the environment of this process.
         requirements: What pip installs.
-        options: Further options for pip.
+        alone: What pip installs then, without what that depends on.
         program: A program that must be there instead, with the Debian package that has it.
     """
 
     name: str = ""
     requirements: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     program: tuple[str, str] | None = None
 
     def python(self, root: Path) -> str:
@@ -49,8 +49,10 @@ class Environment:
         if not ready.exists():
             shutil.rmtree(place, ignore_errors=True)
             venv.create(place, with_pip=True)
-            command = [python, "-m", "pip", "install", "-q", *self.options, *self.requirements]
-            _install(command)
+            install = [python, "-m", "pip", "install", "-q"]
+            _install([*install, *self.requirements])
+            if self.alone:
+                _install([*install, "--no-deps", *self.alone])
             ready.touch()
         return str(python)
 

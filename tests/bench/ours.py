@@ -7,12 +7,11 @@ outcome: everything is in it but the start of Ray and the command's own start an
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import hpcresume as hr
 
-FAN = 10
+FAN, REACHED = 10, 1_000_000
 HERE = Path(os.environ["BENCH_DIRECTORY"])
 
 
@@ -46,6 +45,15 @@ class FirstCall(First):
         mark = HERE / "first"
         if not mark.exists():
             mark.write_text(repr(time.time()))
+        return i + 1
+
+
+class Reaching(First):
+    """As above, and marks that a source was reached."""
+
+    def process(self, i):
+        if i == REACHED:
+            (HERE / "reached").touch()
         return i + 1
 
 
@@ -87,7 +95,8 @@ def pipeline(n: int, form: str = "fused", sink: str = "rows", kb: int = 2, rows:
     last = {"fan": fan, "text": text_of(kb), "batch": batch_of(rows)}.get(form, third)
     if form == "unfused":
         last = hr.stage(third, workers=1)
-    stages = [FirstCall() if form == "first" else First(), slow if form == "slow" else second, last]
+    begin = {"first": FirstCall, "reaching": Reaching}.get(form, First)()
+    stages = [begin, slow if form == "slow" else second, last]
     return hr.Pipeline(
         name="bench",
         sources=hr.indexed(n),
@@ -124,38 +133,51 @@ class Ended:
     run: Path
     work_s: float
     first_s: float = 0.0
-    values: dict[str, Any] = field(default_factory=dict)
 
 
-def submit(
+def start(
     directory: Path, cores: int, *options: str, slow_sync: bool = False, **params: Any
-) -> Ended:
-    """Run the pipeline on this machine and return how long the work took."""
+) -> subprocess.Popen[bytes]:
+    """Start the pipeline on this machine."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "bench.py").write_text(PIPELINE)
     environment = {**os.environ, "BENCH_DIRECTORY": str(directory)}
     if slow_sync:
         environment["LD_PRELOAD"] = str(_shim(directory))
-    run = directory / "run"
     command = [
         *(sys.executable, "-m", "hpcresume", "submit", "bench.py", "--cluster", "local"),
-        *("-c", str(cores), "--run-dir", str(run), "--local-dir", str(directory), *options),
+        *("-c", str(cores), "--run-dir", str(directory / "run"), "--local-dir", str(directory)),
+        *options,
     ]
     for name, value in params.items():
         command += ["-P", f"{name}={value}"]
     with (directory / "log").open("w") as log:
-        done = subprocess.run(command, cwd=directory, env=environment, stderr=log, check=False)
-    if done.returncode:
+        return subprocess.Popen(command, cwd=directory, env=environment, stderr=log)
+
+
+def submit(directory: Path, cores: int, *options: str, **params: Any) -> Ended:
+    """Run the pipeline on this machine and return how long the work took."""
+    with start(directory, cores, *options, **params) as process:
+        process.wait()
+    return ended(directory, process)
+
+
+def ended(directory: Path, process: subprocess.Popen[bytes]) -> Ended:
+    """Return how long the work of a run took that has ended.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    run = directory / "run"
+    if process.returncode:
         raise RuntimeError(
-            f"{command} ended with {done.returncode}: {(directory / 'log').read_text()}"
+            f"{process.args} ended with {process.returncode}: {(directory / 'log').read_text()}"
         )
     (outcome,) = run.glob("rounds/*/tasks/*/e*/outcome.json")
     work_s = outcome.stat().st_mtime - float((directory / "began").read_text())
-    ended = Ended(run, work_s)
     first = directory / "first"
-    if first.exists():
-        ended.first_s = float(first.read_text()) - _task_start(outcome.parent)
-    return ended
+    since = _task_start(outcome.parent) if first.exists() else 0.0
+    return Ended(run, work_s, float(first.read_text()) - since if since else 0.0)
 
 
 def _task_start(attempt: Path) -> float:
@@ -185,12 +207,3 @@ def _shim(directory: Path) -> Path:
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     ctypes.CDLL(str(library))
     return library
-
-
-def status(ended: Ended) -> dict[str, Any]:
-    """Return what ``status --json`` says."""
-    command = [sys.executable, "-m", "hpcresume", "status", str(ended.run), "--json"]
-    found: dict[str, Any] = json.loads(
-        subprocess.run(command, capture_output=True, check=True).stdout
-    )
-    return found

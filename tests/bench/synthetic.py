@@ -34,20 +34,28 @@ from hpcresume.merge.generation import read_union
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 run = RunDir.open(sys.argv[1])
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 union = read_union(run, max_attempts=3)
 total = Manifest.open(run).total
 from hpcresume.segment.bitmap import span
 left = span(0, total) - union.settled()
-seconds = time.perf_counter() - start
+seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-found = {"completed": len(union.completed), "left": len(left), "peak_mib": peak}
+found = {"completed": len(union.completed), "left": len(left), "peak_mib": peak, "cpu_s": cpu_s}
 print(json.dumps({"s": seconds, **found}))
 """
 
 
-def union_s(directory: Path, sources: int) -> tuple[float, dict[str, Any]]:
-    """Return the seconds that union and remainder of 64 writers take in a new process."""
+def union_s(
+    directory: Path, sources: int, *, is_cold: bool = False
+) -> tuple[float, dict[str, Any]]:
+    """Return the seconds that union and remainder of 64 writers take in a new process.
+
+    Args:
+        directory: Where the run is made.
+        sources: How many they are.
+        is_cold: Whether the kernel is to forget what it holds of the segments.
+    """
     run = RunDir.create(str(directory / "run"), RunInfo(1, "0" * 16, "u", "u", "", "0", {}))
     write_indexed_part(run, 1, first=0, count=sources)
     share, done = sources // WRITERS, 0
@@ -66,10 +74,12 @@ def union_s(directory: Path, sources: int) -> tuple[float, dict[str, Any]]:
             )  # fmt: skip
             path = run.attempt_path(ref, f"seg-{n + 1:06d}-{writer:016x}")
             publish(run.fs, path, encode_container(KIND, (), footer), label="segment")
+            if is_cold:
+                run.fs.drop_cache(path)
     script = [sys.executable, "-c", UNION, run.path]
     found = json.loads(subprocess.run(script, capture_output=True, check=True).stdout)
     assert (done, sources - done) == (found["completed"], found["left"])
-    return found["s"], found
+    return found["s"], found | {"segments": WRITERS * per_writer}
 
 
 def batch(source: int, rows: int = 20_000) -> Any:

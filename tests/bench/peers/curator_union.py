@@ -1,16 +1,26 @@
 """NeMo Curator's recorder alone: record completions, then read them back as a new run does."""
 
+import importlib.util
 import os
 from importlib.metadata import version
 
 from common import Report, line
-from nemo_curator.utils import resumability_actor
+
+
+def recorder():
+    """Return its class from its file, as importing the package takes all that it depends on."""
+    package = importlib.util.find_spec("nemo_curator").submodule_search_locations[0]
+    path = os.path.join(package, "utils", "resumability_actor.py")
+    spec = importlib.util.spec_from_file_location("resumability_actor", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ResumabilityActor
 
 
 def main():
     """Run."""
     report = Report()
-    kind = resumability_actor.ResumabilityActor
+    kind = recorder()
     kind = kind.__ray_metadata__.modified_class
     base = os.path.join(report.directory, "checkpoint")
     os.makedirs(base)

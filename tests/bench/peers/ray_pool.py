@@ -2,17 +2,19 @@
 
 ``rows``: each answer is a list of Python rows.  ``packed``: the worker packs its rows to bytes.
 ``fan``: as packed, with ten rows per source.  ``handover``: a second pool takes the first one's
-items through Ray's object store, with no driver in between.
+items through Ray's object store, with no driver in between.  ``slow``: each source takes 10 ms.
 """
 
 import sys
+import time
 
 import orjson
 import ray
 from common import CORES, Report, first, second, third, write_rows
 
-CHUNK, FAN, AHEAD = 4096, 10, 3
+FAN, AHEAD = 10, 3
 form = sys.argv[3]
+CHUNK = 1 if form == "slow" else 4096
 
 
 def packed(rows):
@@ -37,6 +39,11 @@ class Worker:
     def fan(self, start, stop):
         """Return ten packed rows per source."""
         return packed([{**row, "k": k} for row in self.rows(start, stop) for k in range(FAN)])
+
+    def slow(self, start, stop):
+        """Return packed rows, after 10 ms each."""
+        time.sleep(0.01 * (stop - start))
+        return self.packed(start, stop)
 
     def items(self, start, stop):
         """Return the items between the second and the third stage."""
