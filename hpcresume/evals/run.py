@@ -149,11 +149,8 @@ def _flags(launching: Launching) -> dict[str, dict[str, Any]]:
     flags = {section: dict(values) for section, values in launching.flags.items()}
     # One item per call: a finished one never waits for another.
     flags.setdefault("task", {})["chunk_max_sources"] = 1
-    # Of exceptions and time-outs the stage makes rows; what is left are deaths.  A kill of
-    # everything from outside looks like one of the item that ran alone, above all where the
-    # task runs the items itself.
-    is_inline = flags["task"].get("engine") == "inline"
-    flags.setdefault("run", {})["max_attempts"] = 5 if is_inline else 3
+    # Of exceptions and time-outs the stage makes rows; what is left are deaths.
+    flags.setdefault("run", {})["max_attempts"] = 3
     return flags
 
 

@@ -86,11 +86,13 @@ class Death(msgspec.Struct, frozen=True):
         message: For people.
         short_mib: Memory that was not enough for what was in flight, where a later round is
             to give it more; 0 otherwise.
+        charges: Whether it is a try of that source; what was in flight is suspect either way.
     """
 
     kind: str = "death"
     message: str = "the driver died while it worked on this source alone"
     short_mib: int = 0
+    charges: bool = True
 
 
 def publish_pending(
@@ -184,8 +186,9 @@ def _footer(
         code=identity.code,
         short_mib=death.short_mib if death is not None else 0,
     )
-    alone = [call for call in suspects if call.alone] if len(suspects) == 1 else []
-    return footer, [_failure(run, call.sources[0], death or Death()) for call in alone]
+    if death is None or not death.charges or len(suspects) != 1:
+        return footer, []
+    return footer, [_failure(run, call.sources[0], death) for call in suspects if call.alone]
 
 
 def _seconds_run(calls: list[InFlight], until: float) -> dict[int, float]:

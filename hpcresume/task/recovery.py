@@ -72,7 +72,8 @@ def _publish_ledger(run: RunDir, ledger: Ledger, directory: str) -> int:
             max_bytes=run.part_bytes() or 1 << 40,
             outputs_root=os.path.join(directory, "outputs"),
             parts_root=os.path.join(directory, "parts"),
-            death=Death(),
+            # Its supervisor died with it, which no source's code does: all of it was killed.
+            death=Death(charges=False),
         )
         # What was released has numbers, too, and nothing of it is pending.
         is_all = receipt.last in {after, ledger.last_sequence()}
