@@ -47,6 +47,12 @@ def _item_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--workflow", metavar="MODULE:NAME", help="What is run on each item."),
         click.option("--endpoint", metavar="URL", help="Where each item is posted to."),
         click.option("--scorer", "scorers", multiple=True, metavar="MODULE:NAME", help="Scorer."),
+        click.option(
+            "--snapshot",
+            multiple=True,
+            metavar="FILE",
+            help="Further file of the workflow, copied with it.",
+        ),
         click.option("-P", "param", multiple=True, metavar="KEY=VALUE", help="For the workflow."),
         click.option("--limit", type=click.IntRange(min=1), help="Only the first N items."),
         click.option("--sample-id", "sample_ids", multiple=True, help="Only the item of this id."),
@@ -145,12 +151,15 @@ def evaluate(
     if rescore is not None:
         _rescore(rescore, given, launching, as_json=as_json)
         return
-    settings = _settings(given, resume)
+    from hpcresume.evals.copies import with_copies
     from hpcresume.evals.run import prepare_evaluation
 
-    ready = prepare_evaluation(
+    settings = with_copies(_settings(given, resume))
+    ready, changed = prepare_evaluation(
         settings, directories[0], launching, force=force, retry_errors=retry_errors
     )
+    for name in changed:
+        say(f"changed        {name}: what is still owed runs the new one", err=True)
     if ready.launch.cluster == "slurm":
         _submit(ready, as_json=as_json)
         return
@@ -193,6 +202,7 @@ def _changed(given: Mapping[str, Any]) -> dict[str, Any]:
                                           "output_key", "api_key_env", "on_item")},
         "scorers": list(given["scorers"]) or None,
         "sample_ids": list(given["sample_ids"]) or None,
+        "snapshot": list(given["snapshot"]) or None,
         "params": _values(parameters(given["param"], None), given) or None,
         "repetitions": given["reps"],
         "item_timeout_s": given["item_timeout"],
@@ -506,6 +516,7 @@ def _rescore(
     """Score stored rows; the workflow is not run."""
     import msgspec
 
+    from hpcresume.evals.copies import with_copies, write_copies
     from hpcresume.evals.layout import stored_settings
     from hpcresume.evals.run import run_of
 
@@ -519,6 +530,8 @@ def _rescore(
     settings = msgspec.structs.replace(settings, **changes)
     if not settings.scorers:
         raise UsageError("give --scorer module:name; the evaluation was started without one.")
+    settings = with_copies(settings)
+    write_copies(run, settings, None)
     code, found = _Session(run, settings, launching).score()
     if as_json:
         emit_json({"run": run.path, **found})

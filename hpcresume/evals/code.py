@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -229,13 +228,3 @@ async def _contained(call: Any) -> Any:
 def _look(task: asyncio.Future[Any]) -> None:
     if not task.cancelled():
         task.exception()
-
-
-def code_digest(targets: list[str], cwd: Path) -> str:
-    """Return the digest of the files that some targets are defined in."""
-    import hashlib
-
-    digest = hashlib.blake2b(digest_size=6)
-    for target in targets:
-        digest.update(os.fsencode(target) + b"\0" + parse_target(target, cwd).path.read_bytes())
-    return digest.hexdigest()

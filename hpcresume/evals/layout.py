@@ -19,6 +19,7 @@ SCORES = "scores.json"
 SUMMARY = "summary.json"
 RETRIES = "eval/retries.jsonl"
 ORDER = "eval/order.json"
+CODE = "eval/code"
 SCORING = "scoring"
 
 

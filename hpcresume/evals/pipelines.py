@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from hpcresume.evals.copies import located
 from hpcresume.evals.dataset import EvalSources
 from hpcresume.evals.layout import RETRIES
 from hpcresume.evals.scoring import ScoringSources
@@ -27,7 +28,7 @@ def workflow(settings: dict[str, Any], run: Path) -> Pipeline:
         settings: See :class:`hpcresume.evals.settings.EvalSettings`.
         run: Where it runs; holds which items are tried again.
     """
-    made = from_params(settings)
+    made = located(from_params(settings), run)
     return Pipeline(
         name="eval",
         sources=EvalSources(made, _retries(run)),
@@ -55,7 +56,7 @@ def scoring(settings: dict[str, Any], of: Path) -> Pipeline:
         settings: Those of the evaluation.
         of: Its run directory.
     """
-    made = from_params(settings)
+    made = located(from_params(settings), of)
     return Pipeline(
         name="scores",
         sources=ScoringSources(made, of),

@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from hpcresume.errors import ChangedRunError, RunDirError, UsageError
+from hpcresume.evals.copies import write_copies
 from hpcresume.evals.dataset import list_items
 from hpcresume.evals.item import split_id, try_id
 from hpcresume.evals.layout import (
@@ -96,15 +97,18 @@ def prepare_evaluation(
     *,
     force: bool = False,
     retry_errors: bool = False,
-) -> Ready:
+) -> tuple[Ready, list[str]]:
     """Create an evaluation's run, or open it and take what has changed.
 
     Args:
-        settings: What it is.
+        settings: What it is, as :func:`~hpcresume.evals.copies.with_copies` returned it.
         output: Its directory, which is its run directory.
         launching: How it is launched.
         force: Take changed settings, and items that are gone.
         retry_errors: Make items owed again whose row is an error.
+
+    Returns:
+        What is run, and names of the user's files that have changed since it ran last.
 
     Raises:
         ChangedRunError: It was made with something else.
@@ -114,6 +118,7 @@ def prepare_evaluation(
     if not settings.endpoint and not settings.workflow:
         raise UsageError("give --workflow module:name, or --endpoint URL.")
     bases = [base for base, _ in list_items(settings)]
+    before: EvalSettings | None = None
     if (output / "run.json").exists():
         run = RunDir.open(str(output.absolute()))
         if not is_evaluation(run):
@@ -123,8 +128,9 @@ def prepare_evaluation(
                 path=str(output),
             )
         if run.code_numbers():
+            before = stored_settings(run)
             if not force:
-                refuse_changes(run.path, stored_settings(run), settings)
+                refuse_changes(run.path, before, settings)
                 _refuse_lost(run, bases)
             if retry_errors:
                 _owe_errors(run, settings)
@@ -142,7 +148,7 @@ def prepare_evaluation(
     )
     ready = make_ready(submission)
     _write_order(ready.prepared.run, ready.prepared.manifest, bases)
-    return ready
+    return ready, write_copies(ready.prepared.run, settings, before)
 
 
 def _flags(launching: Launching) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from hpcresume.evals.code import code_digest
+from hpcresume.evals.copies import located
 from hpcresume.evals.layout import SCORING
 from hpcresume.evals.rows import OK
 from hpcresume.evals.settings import EvalSettings
@@ -17,6 +19,7 @@ from hpcresume.evals.table import read_table
 from hpcresume.output.run import Run
 from hpcresume.pipeline.payload import decode_payload
 from hpcresume.pipeline.sources import Source, SourceList
+from hpcresume.pipeline.target import parse_target
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
 
@@ -54,9 +57,13 @@ class ScoringSources(SourceList):
 
 
 def scoring_directory(run: RunDir, settings: EvalSettings) -> Path:
-    """Return the run directory of a scoring: one for these scorers as their files are now."""
-    digest = code_digest(settings.scorers, Path(settings.cwd))
-    return Path(run.join(SCORING, digest))
+    """Return the run directory of a scoring: one for these scorers as their files are."""
+    digest = hashlib.blake2b(digest_size=6)
+    copies = located(settings, Path(run.path)).scorers
+    for target, copy in zip(settings.scorers, copies, strict=True):
+        code = parse_target(copy, Path(settings.cwd)).path.read_bytes()
+        digest.update(os.fsencode(target) + b"\0" + code)
+    return Path(run.join(SCORING, digest.hexdigest()))
 
 
 def read_scores(directory: Path) -> dict[str, dict[str, Any]]:

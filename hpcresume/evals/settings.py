@@ -38,6 +38,8 @@ class EvalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         on_item: ``module:name`` of a function that is called with each row.
         fsync_s: The JSONL file is synced when this many seconds have passed; 0: every row.
         cwd: Directory that relative names are meant from.
+        snapshot: Further files that the workflow reads, copied beside it into the run.
+        copies: Where the files of workflow, scorers and ``on_item`` lie in the run, by target.
     """
 
     dataset: str
@@ -61,6 +63,8 @@ class EvalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     on_item: str = ""
     fsync_s: float = 1.0
     cwd: str = "."
+    snapshot: list[str] = []
+    copies: dict[str, str] = {}
 
 
 _IDENTITY = ("columns", "workflow", "params", "endpoint", "protocol", "request_key", "output_key",

@@ -21,7 +21,6 @@ import importlib.util
 import json
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from hpcresume.errors import (
 from hpcresume.pipeline.finder import CopyFinder
 from hpcresume.pipeline.params import convert_parameters, to_json
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.pipeline.siblings import is_users, sibling_files
+from hpcresume.pipeline.siblings import is_library, is_users, sibling_files
 from hpcresume.pipeline.target import (
     DEFAULT_ATTR,
     PipelineSpec,
@@ -193,7 +192,7 @@ def _import(spec: PipelineSpec) -> ModuleType:
     finally:
         _process.module, _process.before = spec.module, before | {spec.module}
         _process.paths = front + back
-        _process.directory = None if is_dotted or _is_library(directory) else directory
+        _process.directory = None if is_dotted or is_library(directory) else directory
 
 
 def _execute(spec: PipelineSpec) -> ModuleType:
@@ -250,12 +249,6 @@ def _modules_below(directory: Path, before: frozenset[str]) -> list[str]:
         if name not in before and getattr(module, "__file__", None)
     }
     return sorted(n for n, f in files.items() if f.is_relative_to(directory) and is_users(f))
-
-
-def _is_library(directory: Path) -> bool:
-    """Tell whether a directory is where installed modules are, which every node has."""
-    places = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return str(directory) in places
 
 
 def _default_attr(module: ModuleType, spec: PipelineSpec) -> str:

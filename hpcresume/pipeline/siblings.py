@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 def is_users(path: Path) -> bool:
     """Tell whether a file is the user's own: neither installed (a venv may lie here) nor ours."""
     return not path.is_relative_to(_OWN) and _INSTALLED.isdisjoint(path.parts)
+
+
+def is_library(directory: Path) -> bool:
+    """Tell whether a directory is where installed modules are, which every node has."""
+    places = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return str(directory) in places
 
 
 def sibling_files(files: Iterable[Path], root: Path) -> list[Path]:

@@ -297,7 +297,7 @@ def test_code_that_takes_its_worker_along(desk: EvalDesk, do: str, status: str, 
 def test_a_dataset_that_changes(desk: EvalDesk) -> None:
     """
     E10: a reordered file runs nothing, a grown one its new items, a changed item is owed again;
-    the result follows the file's order.
+    the result follows the file's order.  A changed workflow is said to be, and runs what is owed.
     """
     first = list(items(4))
     desk.dataset(first)
@@ -309,9 +309,12 @@ def test_a_dataset_that_changes(desk: EvalDesk) -> None:
 
     changed = [{**first[0], "question": "other"}, *first[1:], {"id": "n", "question": "new"}]
     desk.dataset(changed)
-    ended_with(0, desk.evaluate(), "5 ok, 0 errors, 0 timeouts, 0 missing of 5")
+    flow = desk.path / "flow.py"
+    flow.write_text(flow.read_text().replace("question.upper()", "question.upper() + '!'"))
+    summary = "5 ok, 0 errors, 0 timeouts, 0 missing of 5"
+    ended_with(0, desk.evaluate(), "changed        flow.py", summary)
     assert {"i0 0": 2, "i1 0": 1, "i2 0": 1, "i3 0": 1, "n 0": 1} == desk.calls()
-    assert ["OTHER", "Q1", "Q2", "Q3", "NEW"] == [row["output"] for row in desk.result()]
+    assert ["OTHER!", "Q1", "Q2", "Q3", "NEW!"] == [row["output"] for row in desk.result()]
     assert 5 == len(desk.rows())
 
 
