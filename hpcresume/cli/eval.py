@@ -493,6 +493,9 @@ def say_summary(run: RunDir, ended: Consolidated) -> None:
     if values["usage"]:
         told = ", ".join(f"{amount:,} {name}" for name, amount in values["usage"].items())
         say(f"usage          {told}", err=True)
+    if values["checkpoint_degraded"]:
+        told = human_count(values["checkpoint_degraded"], "row")
+        say(f"mended         {told} could not be written when the items had finished", err=True)
     for item_id, repetition, error in ended.errors:
         say(f"failed         {item_id} (repetition {repetition}): {error[:200]}", err=True)
     say(f"rows           {_shown(run.join('workflow_output.json'))}", err=True)

@@ -318,7 +318,9 @@ def consolidate(
     with read_table(run, settings) as table:
         mended = repair(Path(run.join(ROWS)), table, is_whole=is_whole)
         write_result(run, table, in_order(run, table))
-        summary = {"status": status, **summarise(table)}
+        # Rows that a task of this machine could not write when their items had finished.
+        degraded = 0 if is_whole else mended.missing
+        summary = {"status": status, **summarise(table), "checkpoint_degraded": degraded}
         errors = list[tuple[str, int, str]]()
         for slot in table.slots.values():
             if slot.status != OK and len(errors) < 3:

@@ -378,7 +378,8 @@ def test_a_full_disk(desk: EvalDesk) -> None:
     """
     desk.dataset(items(5))
     armed = {"HPCRESUME_TESTING": "1", "HPCRESUME_FAILPOINTS": "eval.append=enospc:2+"}
-    ended_with(0, desk.evaluate(env=armed), "5 ok")
+    ended_with(0, desk.evaluate(env=armed), "5 ok", "mended         4 rows")
+    assert 4 == desk.json("summary.json")["checkpoint_degraded"]
     log = "".join(p.read_text() for p in desk.out.glob("rounds/*/logs/*"))
     assert 4 == log.count("its row cannot be written to the JSONL file; it is safe")
     assert 5 == len(desk.rows())
@@ -388,6 +389,7 @@ def test_a_full_disk(desk: EvalDesk) -> None:
     ended_with(20, desk.evaluate(env=armed), "Every row is safe", "hpcresume eval --resume")
     assert 5 == len(desk.rows())
     ended_with(0, desk.resume(), "8 ok")
+    assert 3 == desk.json("summary.json")["checkpoint_degraded"]
     assert (8, {1}) == (len(desk.rows()), set(desk.calls().values()))
 
 
