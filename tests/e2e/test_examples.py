@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -14,7 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from hpcresume.errors import TestbedError
 from hpcresume.examples import sweep
+from hpcresume.pipeline.context import item_seed
+from tests.support.cli import Command, logs_of, wait_until
+from tests.support.cluster import SlurmCluster
 from tests.support.local import Desk, Ended
 
 PROSE = (
@@ -168,6 +173,65 @@ def test_the_program_of_the_sweep_repeats_itself(tmp_path: Path) -> None:
         return found.stdout, (tmp_path / name).read_bytes()
 
     assert run("a.pgm") == run("b.pgm")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_sweep_that_is_longer_than_its_time_limit(slurm_cluster: SlurmCluster) -> None:
+    """
+    Nobody does anything: attempts of one minute follow each other, one is preempted in its
+    middle, and each temperature has the row and the picture of one whole run of the program.
+    """
+    directory = slurm_cluster.folder("sweep")
+    command = Command(directory, {**slurm_cluster.env, "HPCRESUME_TASK__DRAIN_S": "15"})
+    run = directory / "run"
+    command.run(
+        *("submit", "hpcresume.examples.sweep", "--run-dir", "run", "-t", "1", "-c", "1"),
+        *("--engine", "inline", "--sync-interval", "1", "--local-dir", str(slurm_cluster.scratch)),
+        *("-P", "points=24", "-P", "sweeps=30000"),
+    )
+
+    def evidence() -> str:
+        return slurm_cluster.evidence() + logs_of(run)
+
+    def published() -> int:
+        return int(command.status(run)["sources"]["completed"])
+
+    job = f"{command.status(run)['rounds'][0]['job_id']}_0"
+
+    def preempted() -> bool:
+        if published() == 0 or [e.state for e in slurm_cluster.queue(job)] != ["RUNNING"]:
+            return False
+        with contextlib.suppress(TestbedError):  # it may just end
+            slurm_cluster.preempt(job, hold_s=5)
+            return True
+        return False
+
+    wait_until(preempted, timeout_s=200, describe=evidence)
+    status = command.wait_ended(run, timeout_s=700)
+
+    assert ("complete", 24) == (status["state"], status["sources"]["completed"]), evidence()
+    assert {"done", "time-limit"} <= set(status["endings"]), status["endings"]
+    command.run("collect", "run", "-o", "out.jsonl", "--files", "lattices")
+    rows = [json.loads(line) for line in (directory / "out.jsonl").read_text().splitlines()]
+    (directory / "ising.c").write_text(sweep.PROGRAM)
+    subprocess.run(["cc", "-O2", "-o", "ising", "ising.c", "-lm"], cwd=directory, check=True)
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    for i in (0, 12, 23):
+        numbers = [
+            "64",
+            "30000",
+            str(rows[i]["temperature"]),
+            str(item_seed(run_id, str(i), "ising", ())),
+        ]
+        again = subprocess.run(
+            ["./ising", *numbers, "again.pgm"], cwd=directory, check=True, capture_output=True
+        )
+        assert float(again.stdout) == rows[i]["magnetisation"]
+        (picture,) = directory.glob(f"lattices/{i}/*/lattice.pgm")
+        assert (directory / "again.pgm").read_bytes() == picture.read_bytes()
 
 
 @pytest.mark.slow
