@@ -49,7 +49,7 @@ from hpcresume.ledger.store import Commit, InFlight, Ledger
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.run.manifest import Manifest
 from hpcresume.segment import bitmap as bitmaps
-from hpcresume.segment.frame import decode_frame
+from hpcresume.segment.frame import check_frame, decode_frame, has_files
 from hpcresume.segment.segment import Failure, SegmentFooter, encode_segment
 
 _COPY_BYTES = 1 << 20
@@ -223,9 +223,10 @@ def _failure(run: RunDir, index: int, death: Death) -> Failure:
 
 
 def _publish_files(run: RunDir, ref: AttemptRef, frame: bytes, outputs_root: str | None) -> None:
-    files = decode_frame(frame, what="a committed frame").files()
-    if not files:
+    check_frame(frame, what="a committed frame")
+    if not has_files(frame):
         return
+    files = decode_frame(frame, what="a committed frame").files()
     if outputs_root is None:
         raise InternalError("sources have files, and nobody said where they are")
     for source_id, entries in files.items():

@@ -276,7 +276,7 @@ def decode_frame(data: bytes, *, what: str) -> Frame:
     rows = data[at + files_length : -_CRC.size]
     blob = _decode_blob(rows, what) if flagged & _ELSEWHERE else None
     rows, last = (rows, len(rows)) if blob is None else (b"", blob.end)
-    increasing = all(a <= b for a, b in itertools.pairwise(ends))
+    increasing = all(map(operator.le, ends, itertools.islice(ends, 1, None)))
     if len(completed) != n or not increasing or (ends[-1] if ends else 0) != last:
         raise _corrupt(what, "its row table does not match its rows")
     return Frame(completed, rows, ends, paths, files, blob)
@@ -306,6 +306,11 @@ def moved(data: bytes, blob: Blob) -> bytes:
     flagged, *lengths = _HEAD.unpack_from(data)
     at = _HEAD.size + 4 * (flagged & ~_ELSEWHERE) + sum(lengths)
     return _sealed(data[:at] + msgspec.msgpack.encode(blob))
+
+
+def has_files(data: bytes) -> bool:
+    """Tell whether files belong to sources of a frame that was verified before."""
+    return bool(_HEAD.unpack_from(data)[3])
 
 
 def frame_bitmap(data: bytes, *, what: str) -> BitMap:
