@@ -76,6 +76,9 @@ def _call_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--output-key", help="Key of the output in an answer, a.b.0."),
         click.option("--api-key-env", metavar="NAME", help="Variable that holds the key."),
         click.option("--on-item", metavar="MODULE:NAME", help="Called with each row."),
+        click.option(
+            "--write-output/--no-write-output", default=None, help="Leave rows and result as files."
+        ),
         click.option("--fail-on-error", metavar="true|false|SHARE|N", help="End early."),
         click.option("--fsync-interval", type=click.FloatRange(min=0), metavar="S", hidden=True),
     )
@@ -199,7 +202,8 @@ def _changed(given: Mapping[str, Any]) -> dict[str, Any]:
     named = {
         **{name: given[name] for name in ("dataset", "workflow", "endpoint", "limit", "protocol",
                                           "max_concurrency", "max_attempts", "request_key",
-                                          "output_key", "api_key_env", "on_item")},
+                                          "output_key", "api_key_env", "on_item",
+                                          "write_output")},
         "scorers": list(given["scorers"]) or None,
         "sample_ids": list(given["sample_ids"]) or None,
         "snapshot": list(given["snapshot"]) or None,
@@ -293,7 +297,7 @@ def _submit(ready: Ready, *, as_json: bool) -> None:
     job = step.job
     if job is not None:
         say(f"array          {job.array}, merge {job.merge or 'none'}", err=True)
-    say("the merge job writes workflow_output.jsonl, the result and the scores; next:", err=True)
+    say("the merge job writes rows, result and scores; next:", err=True)
     for command in ("status --watch", "logs -f", "cancel"):
         name, _, option = command.partition(" ")
         say(f"  hpcresume {name} {_shown(run.path)} {option}".rstrip(), err=True)
@@ -342,10 +346,10 @@ class _Session:
     following: Following = field(init=False)
 
     def __post_init__(self) -> None:
-        from hpcresume.evals.layout import ROWS
+        from hpcresume.evals.layout import rows_path
         from hpcresume.evals.progress import Following as Follower
 
-        self.following = Follower(Path(self.run_dir.join(ROWS)))
+        self.following = Follower(rows_path(self.run_dir.path, self.settings))
 
     def run(self, ready: Ready, *, as_json: bool) -> None:
         """Run both passes and end the command."""
@@ -498,7 +502,9 @@ def say_summary(run: RunDir, ended: Consolidated) -> None:
         say(f"mended         {told} could not be written when the items had finished", err=True)
     for item_id, repetition, error in ended.errors:
         say(f"failed         {item_id} (repetition {repetition}): {error[:200]}", err=True)
-    say(f"rows           {_shown(run.join('workflow_output.json'))}", err=True)
+    result = run.join("workflow_output.json")
+    where = _shown(result) if Path(result).exists() else f"hpcresume collect {_shown(run.path)}"
+    say(f"rows           {where}", err=True)
 
 
 def say_scores(found: Mapping[str, Any]) -> None:

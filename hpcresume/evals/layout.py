@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,12 +16,18 @@ WORKFLOW_TARGET = "hpcresume.evals.pipelines:workflow"
 SCORING_TARGET = "hpcresume.evals.pipelines:scoring"
 ROWS = "workflow_output.jsonl"
 RESULT = "workflow_output.json"
+HIDDEN_ROWS = "eval/rows.jsonl"
 SCORES = "scores.json"
 SUMMARY = "summary.json"
 RETRIES = "eval/retries.jsonl"
 ORDER = "eval/order.json"
 CODE = "eval/code"
 SCORING = "scoring"
+
+
+def rows_path(run: str, settings: EvalSettings) -> Path:
+    """Return where rows are written as items finish: out of sight where nobody wants them."""
+    return Path(run, ROWS if settings.write_output else HIDDEN_ROWS)
 
 
 def is_evaluation(run: RunDir) -> bool:

@@ -16,7 +16,9 @@ from hpcresume.evals.copies import write_copies
 from hpcresume.evals.dataset import list_items
 from hpcresume.evals.item import split_id, try_id
 from hpcresume.evals.layout import (
+    HIDDEN_ROWS,
     ORDER,
+    RESULT,
     RETRIES,
     ROWS,
     SCORES,
@@ -24,6 +26,7 @@ from hpcresume.evals.layout import (
     SUMMARY,
     WORKFLOW_TARGET,
     is_evaluation,
+    rows_path,
     stored_settings,
 )
 from hpcresume.evals.progress import exceeds
@@ -229,7 +232,8 @@ def run_here(ready: Ready, settings: EvalSettings, hooks: Hooks) -> Step:
     def on_round(_plan: Plan) -> None:
         # After dead attempts were recovered and before anything is added.
         with read_table(run, settings) as table:
-            hooks.on_repair(repair(Path(run.join(ROWS)), table, is_whole=True), table)
+            mended = repair(rows_path(run.path, settings), table, is_whole=True)
+            hooks.on_repair(mended, table)
 
     hooks.on_ready(ready)
     reopen_run(ready, retry_quarantined=False)
@@ -316,8 +320,7 @@ def consolidate(
         SharedStorageError: Something cannot be written; the results are safe.
     """
     with read_table(run, settings) as table:
-        mended = repair(Path(run.join(ROWS)), table, is_whole=is_whole)
-        write_result(run, table, in_order(run, table))
+        mended = _write_output(run, settings, table, is_whole=is_whole)
         # Rows that a task of this machine could not write when their items had finished.
         degraded = 0 if is_whole else mended.missing
         summary = {"status": status, **summarise(table), "checkpoint_degraded": degraded}
@@ -328,6 +331,19 @@ def consolidate(
                 errors.append((row["id"], row["repetition"], str(row["error"])))
     _write_json(Path(run.join(SUMMARY)), summary)
     return Consolidated(summary, mended, errors)
+
+
+def _write_output(
+    run: RunDir, settings: EvalSettings, table: RowTable, *, is_whole: bool
+) -> Repair:
+    """Write the rows in both forms, or leave neither, as the settings say."""
+    if settings.write_output:
+        mended = repair(Path(run.join(ROWS)), table, is_whole=is_whole)
+        write_result(run, table, in_order(run, table))
+        return mended
+    for name in (ROWS, RESULT, HIDDEN_ROWS):
+        Path(run.join(name)).unlink(missing_ok=True)
+    return Repair()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -36,6 +36,7 @@ class EvalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         fail_on_error: Errors that end the run early: below 1 a share, else a count; 0: any
             number is accepted; None: none ends it early, and any is told by the exit code.
         on_item: ``module:name`` of a function that is called with each row.
+        write_output: Rows and result are files of the output directory, and stay there.
         fsync_s: The JSONL file is synced when this many seconds have passed; 0: every row.
         cwd: Directory that relative names are meant from.
         snapshot: Further files that the workflow reads, copied beside it into the run.
@@ -61,6 +62,7 @@ class EvalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_attempts: int = 1
     fail_on_error: float | None = None
     on_item: str = ""
+    write_output: bool = True
     fsync_s: float = 1.0
     cwd: str = "."
     snapshot: list[str] = []

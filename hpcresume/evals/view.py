@@ -21,7 +21,7 @@ import orjson
 
 from hpcresume.errors import SharedStorageError
 from hpcresume.evals.item import split_id
-from hpcresume.evals.layout import RESULT, ROWS
+from hpcresume.evals.layout import RESULT, rows_path
 from hpcresume.evals.progress import exceeds
 from hpcresume.evals.rows import OK
 from hpcresume.evals.settings import EvalSettings
@@ -93,8 +93,8 @@ class ItemObserver:
         # Who runs it in the foreground counts the errors of all tasks.
         self._expected = 0 if task.cluster == "local" else expected_of(self._manifest, settings)
         # Over several nodes lines of one file would mix; there the merge writes it.
-        shared = task.cluster == "local"
-        self._file = RowFile(task.run / ROWS, fsync_s=settings.fsync_s) if shared else None
+        path = rows_path(str(task.run), settings) if task.cluster == "local" else None
+        self._file = RowFile(path, fsync_s=settings.fsync_s) if path is not None else None
         cwd = Path(settings.cwd)
         self._callback = UserCall(settings.on_item, cwd) if settings.on_item else None
 
@@ -193,6 +193,7 @@ def repair(path: Path, table: RowTable, *, is_whole: bool) -> Repair:
         kept, foreign = _compare(path, missing, None if is_whole else table.known)
         failpoint("eval.repair")
         if foreign or missing or not path.exists():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             # Replaced whole: two merges may do it at the same time.
             with _replacing(path) as temporary, open(temporary, "xb", buffering=1 << 20) as file:
                 file.writelines(_lines_at(path, kept))

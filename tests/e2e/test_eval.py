@@ -121,6 +121,31 @@ def test_killed_and_resumed(desk: EvalDesk) -> None:
     assert expected == [tuple(row[key] for key in keys) for row in desk.result()]
 
 
+def test_no_file_of_rows_where_none_is_wanted(desk: EvalDesk) -> None:
+    """
+    E8: ``--no-write-output`` leaves no file of rows, also where an earlier one was; errors are
+    counted all the same, scores are written, and ``--write-output`` runs nothing again.
+    """
+    desk.dataset([*items(5), {"id": "bad", "question": "?", "do": "raise"}])
+
+    def files() -> list[str]:
+        names = ("workflow_output.json", "workflow_output.jsonl", "eval/rows.jsonl")
+        return [name for name in names if (desk.out / name).exists()]
+
+    ended = desk.evaluate("--no-write-output", "--scorer", "flow.py:exact", "--fail-on-error", 3)
+    ended_with(0, ended, "5 ok, 1 errors", "hpcresume collect out")
+    assert ([], 5) == (files(), desk.json("scores.json")["rows"]["scored"])
+    called = desk.calls()
+    collected = [json.loads(line) for line in desk.desk.rows("out").splitlines()]
+
+    ended_with(0, desk.resume("--write-output"), "5 ok, 1 errors", "workflow_output.json")
+    assert ["workflow_output.json", "workflow_output.jsonl"] == files()
+    assert (called, collected) == (desk.calls(), desk.result())
+
+    ended_with(0, desk.resume("--no-write-output"), "5 ok, 1 errors")
+    assert ([], called) == (files(), desk.calls())
+
+
 @pytest.mark.parametrize("damage", ["torn", "garbage", "gone", "halved"])
 def test_the_file_is_a_view(desk: EvalDesk, damage: str) -> None:
     """
