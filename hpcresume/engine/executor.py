@@ -371,6 +371,7 @@ class Executor:
         begins = state.group.is_async or not worker.calls
         self._calls[call] = worker
         worker.hold(call, chunk)
+        worker.begun = call if begins else worker.begun
         if chunk.exclusive:
             self._exclusive_call = call
         sources = BitMap(chunk.inputs.sources)
@@ -418,8 +419,11 @@ class Executor:
             failures = self._without_starved(chunk, result.failures)
             self._judge.judge(chunk.inputs, failures, worked=result.worked)
         self._listener.ended(event.call)
-        if worker.calls and not state.group.is_async:
-            self._listener.began(next(iter(worker.calls)))
+        # An answer may overtake the one before it.
+        oldest = next(iter(worker.calls), 0)
+        if oldest > worker.begun:
+            worker.begun = oldest
+            self._listener.began(oldest)
 
     def _learn(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
         self._note_pace(state, chunk, result)

@@ -57,6 +57,7 @@ class WorkerState:
         ready: Whether it takes calls.
         fruitless: How often it was started since it last finished a call.
         calls: The calls it holds, oldest first.
+        begun: The newest call that it is known to have begun.
         items: Items in them.
         isolated: How many of them are to be alone.
     """
@@ -65,6 +66,7 @@ class WorkerState:
     ready: bool = False
     fruitless: int = 0
     calls: dict[int, Chunk] = field(default_factory=dict)
+    begun: int = 0
     items: int = 0
     isolated: int = 0
 

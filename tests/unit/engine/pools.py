@@ -68,6 +68,7 @@ class ScriptedPool:
         seconds_per_item: What calls are said to have taken.
         takes: Asked what a call takes, instead; the clock is moved on by it.
         clock: What time it is.
+        answers: How many calls run before their answers come, the newest first.
         rng: Chooses which worker goes next; without it the first that has a call.
     """
 
@@ -79,6 +80,7 @@ class ScriptedPool:
     seconds_per_item: float | None = None
     takes: Callable[[Inputs], float] | None = None
     clock: Clock = field(default_factory=Clock)
+    answers: int = 1
     rng: Random | None = None
     log: list[Submitted] = field(default_factory=list)
     starts: list[WorkerRef] = field(default_factory=list)
@@ -120,10 +122,12 @@ class ScriptedPool:
         self._calls.pop(worker, None)
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Run one call, unless something has happened already."""
+        """Run calls, unless something has happened already."""
         del timeout_s
         if not self._events:
-            self._run_one()
+            for _ in range(self.answers):
+                self._run_one()
+            self._events.reverse()
         events, self._events = self._events, []
         return events
 

@@ -448,6 +448,14 @@ def test_suspects_run_isolated_and_marked(tmp_path: Path) -> None:
     assert all(s.beside == 0 for s in guilty[1:])
 
 
+def test_answers_that_overtake_each_other(tmp_path: Path) -> None:
+    """No call is told to have begun twice, in whatever order its worker's answers come."""
+    bench = Bench(tmp_path, [one], list(range(300)), seconds_per_item=1e-4, answers=2)
+    assert bench.run()
+    assert 300 == len(bench.outcomes.rows)
+    assert any(s.beside for s in bench.pool.log)
+
+
 def test_queued_call_is_never_suspect(tmp_path: Path) -> None:
     """The call that waited behind the one that died is run again as any other, once."""
     bench = Bench(tmp_path, [one], list(range(300)), seconds_per_item=1e-4, kills=killer(200))
