@@ -167,7 +167,7 @@ def test_ctrl_c(desk: Desk, engine: str) -> None:
 def test_the_terminal_is_closed(desk: Desk) -> None:
     """A run whose terminal goes away publishes all that it has done, and ends."""
     calls = write_fan(desk.path).with_name("calls")
-    given = ("fan.py", "--run-dir", "run", "-P", "ms=20", "-P", f"calls={calls}")
+    given = ("fan.py", "--run-dir", "run", "-P", "n=4000", "-P", "ms=20", "-P", f"calls={calls}")
     command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), *given)
     terminal, side = pty.openpty()
     process = subprocess.Popen(
