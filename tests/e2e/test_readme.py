@@ -18,6 +18,7 @@ import pytest
 
 import hpcresume as hr
 from hpcresume.cli import COMMANDS
+from hpcresume.testbed import releases
 from tests import session
 from tests.support.cluster import cluster
 from tests.support.local import Desk
@@ -252,7 +253,19 @@ def test_installing_from_a_fresh_clone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number", [0, 1], ids=["here", "trixie"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(0, id="here"),
+        pytest.param(
+            1,
+            id="trixie",
+            marks=pytest.mark.skipif(
+                releases.here() is not None, reason="a release is built from outside"
+            ),
+        ),
+    ],
+)
 def test_the_testbeds_of_the_readme(number: int) -> None:
     """
     A testbed comes up, a run on it completes, and it goes down, as the section shows it: with
