@@ -303,7 +303,9 @@ class Faults:
         return "a node fails, its processes live on"
 
     def _restore(self) -> None:
-        self._bed.restore_node(self._down)
+        # Where Slurm did not answer after it was started it comes back by itself.
+        if self._bed.is_killed(self._down):
+            self._bed.restore_node(self._down)
         self._down = ""
 
     def _pause(self, _run: Soaked) -> str:

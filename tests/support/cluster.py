@@ -196,6 +196,10 @@ class SlurmCluster:
         testbed.fail_node(self.directory, node)
         self._killed.add(node)
 
+    def is_killed(self, node: str) -> bool:
+        """Tell whether a node's slurmd was killed and not started again."""
+        return node in self._killed
+
     def restore_node(self, node: str) -> None:
         """Start a killed node again and wait until Slurm uses it."""
         testbed.restore_node(self.directory, node)
