@@ -29,6 +29,8 @@ EXIT_COMPLETE = 0
 EXIT_INCOMPLETE = 1
 EXIT_SAVED = 85
 """Saved, restart me (HTCondor's documented choice for a self-checkpointing job)."""
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
 
 
 class HpcResumeError(Exception):

@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from hpcresume.errors import HpcResumeError, InternalError
+from hpcresume.errors import EXIT_INTERRUPTED, HpcResumeError, InternalError
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 # Help texts stand here so that `hpcresume --help` imports no command.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE, UsageError
+from hpcresume.errors import (
+    EXIT_COMPLETE,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_SAVED,
+    UsageError,
+)
 from hpcresume.observe import words
 
 if TYPE_CHECKING:
@@ -107,6 +114,11 @@ def say(text: str, *, err: bool = False) -> None:
 def finish(exit_code: int) -> NoReturn:
     """End the command with an exit code."""
     click.get_current_context().exit(exit_code)
+
+
+def interrupted_code(number: int) -> int:
+    """Return the exit code of what a signal has ended: the shell's own for Ctrl-C, else "saved"."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_SAVED
 
 
 def exit_code_of(state: str) -> int:

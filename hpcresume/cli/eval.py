@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +17,12 @@ from hpcresume.cli.common import (
     human_count,
     human_duration,
     human_rate,
+    interrupted_code,
     json_option,
     on_terminal,
     say,
 )
-from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE, EXIT_SAVED, UsageError
+from hpcresume.errors import EXIT_COMPLETE, EXIT_INCOMPLETE, UsageError
 
 if TYPE_CHECKING:
     from hpcresume.evals.progress import Following
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from hpcresume.launch.submit import Ready
     from hpcresume.run.directory import RunDir
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 _LOG_LINE_S = 10.0
 _LOOK_S = 0.5
 _ENDPOINT_TRIES = 5
@@ -362,12 +361,12 @@ class _Session:
         if step.forced:
             say("left at once; the result is written when it is resumed:", err=True)
             say(f"  hpcresume eval --resume {_shown(self.run_dir.path)}", err=True)
-            finish(EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED)
+            finish(interrupted_code(step.signal))
         status = self._status(step)
         ended = consolidate(self.run_dir, self.settings, status=status)
         say_summary(self.run_dir, ended)
         if step.state == "interrupted" and not self.failed_early:
-            code = EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED
+            code = interrupted_code(step.signal)
         else:
             code = exit_code(self.settings, step, ended)
         scores = None
@@ -397,7 +396,7 @@ class _Session:
         step, found = score(self.run_dir, self.settings, self.launching, QUIET)
         say_scores(found)
         if step.state == "interrupted":
-            return (EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED), found
+            return interrupted_code(step.signal), found
         broken = step.state != "finished" or any(found["scorer_errors"].values())
         return (EXIT_INCOMPLETE if broken else EXIT_COMPLETE), found
 

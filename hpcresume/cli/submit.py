@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,11 @@ from hpcresume.cli.common import (
     human_count,
     human_duration,
     human_rate,
+    interrupted_code,
     json_option,
     on_terminal,
     say,
 )
-from hpcresume.errors import EXIT_SAVED
 
 if TYPE_CHECKING:
     from hpcresume.launch.local import TaskProgress
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from hpcresume.merge.plan import Plan
     from hpcresume.observe.status import Status
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 _LOG_LINE_S = 10.0
 _WATCH_S = 2.0
 
@@ -362,7 +360,7 @@ def _submit(ready: Ready) -> Step:
 def _wait(ready: Ready) -> Step:
     """Wait for a run on Slurm by its files; Ctrl-C leaves the jobs running."""
     from hpcresume.launch.rounds import stand
-    from hpcresume.launch.step import Step as DriveStep
+    from hpcresume.launch.step import Step as MergeStep
     from hpcresume.observe.status import readings
 
     run, manifest = ready.prepared.run, ready.prepared.manifest
@@ -372,7 +370,7 @@ def _wait(ready: Ready) -> Step:
             if time.monotonic() - said > _LOG_LINE_S:
                 said = time.monotonic()
                 say(_status_line(status), err=True)
-        return DriveStep(status.state, stand(run, manifest, ready.resolved.settings))
+        return MergeStep(status.state, stand(run, manifest, ready.resolved.settings))
     except KeyboardInterrupt:
         say("detached; the jobs run on", err=True)
         _say_next(ready)
@@ -408,7 +406,7 @@ def _end(ready: Ready, step: Step, *, collect_to: Path | None, as_json: bool) ->
         if collect_to is not None:
             code = max(code, _collect(ready, collect_to))
         if step.state == "interrupted":
-            code = EXIT_INTERRUPTED if step.signal == signal.SIGINT else EXIT_SAVED
+            code = interrupted_code(step.signal)
     else:
         _say_next(ready)
     if as_json:

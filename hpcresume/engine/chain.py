@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 SLICE_ITEMS = 4096
 _DRAW_ITEMS = 256
-_UNWATCHED = _NO_CONTEXT = contextlib.nullcontext()
+_NOTHING = contextlib.nullcontext()
 _SOURCES = "sources"
 ResultT = TypeVar("ResultT")
 
@@ -484,7 +484,7 @@ class _Call:
         slot, path = items.slots[position], items.paths[position]
         async with self.chain._limits[id(stage)]:
             wants_context = stage.traits.wants_context
-            with self._context(number, slot, path) if wants_context else _NO_CONTEXT as context:
+            with self._context(number, slot, path) if wants_context else _NOTHING as context:
                 item = items.items[position]
                 arguments = (item,) if context is None else (item, context)
 
@@ -500,7 +500,7 @@ class _Call:
     ) -> Any:
         stage = self.stages[number]
         source = None if slot is None else self.inputs.sources[slot]
-        watched: contextlib.AbstractContextManager[None] = _UNWATCHED
+        watched: contextlib.AbstractContextManager[None] = _NOTHING
         if self.place.mark is not None and (self.marked or stage.timeout_s):
             watched = self.chain.running.item(source, self.chain.first + number, stage.timeout_s)
         start = time.perf_counter()

@@ -18,6 +18,7 @@ import msgspec
 from hpcresume.errors import UsageError
 from hpcresume.evals.layout import CODE
 from hpcresume.evals.settings import EvalSettings
+from hpcresume.evals.view import write_atomically
 from hpcresume.pipeline.siblings import is_library, is_users, sibling_files
 from hpcresume.pipeline.target import parse_target, split_target
 from hpcresume.run.directory import RunDir
@@ -55,9 +56,7 @@ def write_copies(run: RunDir, settings: EvalSettings, before: EvalSettings | Non
         if path.exists():
             continue
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_atomically(path, iter([data]))
     if before is None or not before.copies:
         return []
     old = _base_of(before.copies)
