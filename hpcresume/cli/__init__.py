@@ -7,10 +7,12 @@ code; anything else is a bug and says so with a traceback and exit code 70.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import signal
 import sys
+import termios
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -21,6 +23,7 @@ from click.shell_completion import CompletionItem
 from hpcresume.errors import EXIT_INTERRUPTED, HpcResumeError, InternalError
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+EXIT_HANGUP = 128 + signal.SIGHUP
 
 # Help texts stand here so that `hpcresume --help` imports no command.
 COMMANDS = {
@@ -106,7 +109,7 @@ def _guarded(ctx: click.Context, invoke: Callable[[click.Context], Any]) -> Any:
         click.echo("interrupted", err=True)
         ctx.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(sys.stdout.fileno())
         ctx.exit(EXIT_BROKEN_PIPE)
     except InternalError as error:
         _report_bug(error)
@@ -117,6 +120,8 @@ def _guarded(ctx: click.Context, invoke: Callable[[click.Context], Any]) -> Any:
         click.echo(f"error: {error}", err=True)
         ctx.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO and _forget_terminal():
+            ctx.exit(EXIT_HANGUP)
         _report_bug(error)
         ctx.exit(InternalError.exit_code)
     return result
@@ -131,10 +136,26 @@ def _report_bug(error: Exception) -> None:
     )
 
 
-def _forget_stdout() -> None:
-    # The interpreter flushes stdout once more when it exits and would fail there.
+def _forget_terminal() -> bool:
+    """Write to nowhere instead of to a terminal that has gone; False: none has."""
+    gone = [fd for fd in (1, 2) if _is_gone(fd)]
+    for fd in gone:
+        _forget(fd)
+    return bool(gone)
+
+
+def _is_gone(fd: int) -> bool:
+    try:
+        termios.tcgetattr(fd)
+    except termios.error as error:
+        return error.args[0] == errno.EIO
+    return False
+
+
+def _forget(fd: int) -> None:
+    # The interpreter flushes what is written to once more when it exits and would fail there.
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, fd)
     os.close(null)
 
 

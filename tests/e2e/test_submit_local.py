@@ -184,7 +184,8 @@ def test_the_terminal_is_closed(desk: Desk) -> None:
     finally:
         kill_family(process.pid)
 
-    assert 85 == code
+    # 129: it was just writing there.
+    assert code in (85, 129)
     found = json.loads(desk.call("status", "run", "--json").out)
     assert ("interrupted", len(lines(calls))) == (found["state"], found["sources"]["completed"])
 

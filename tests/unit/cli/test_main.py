@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import subprocess
 import sys
 import types
@@ -154,6 +156,19 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 
     assert 141 == process.wait(timeout=60)
     assert "" == stderr
+
+
+def test_a_closed_terminal_ends_quietly(tmp_path):
+    """A command whose terminal has gone is no bug, and does not fail over saying anything."""
+    made = make_run(tmp_path, sources=3)
+    terminal, side = pty.openpty()
+    os.close(terminal)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpcresume", "status", made.path], stdout=side, stderr=side
+    )
+    os.close(side)
+
+    assert 129 == process.wait(timeout=60)
 
 
 def test_the_real_command_reports_a_wrong_directory(tmp_path):
