@@ -148,7 +148,7 @@ def _is_gone(fd: int) -> bool:
     try:
         termios.tcgetattr(fd)
     except termios.error as error:
-        return error.args[0] == errno.EIO
+        return bool(error.args[0] == errno.EIO)
     return False
 
 

@@ -330,7 +330,7 @@ def _log_lines() -> Callable[[dict[int, TaskProgress]], None]:
 
 
 def _submit(ready: Ready) -> Step:
-    from hpcresume.launch.submit import submit_to_slurm
+    from hpcresume.launch.drive import submit_to_slurm
 
     step = submit_to_slurm(ready)
     for note in step.notes:

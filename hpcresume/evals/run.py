@@ -37,11 +37,12 @@ from hpcresume.evals.stages import check_settings
 from hpcresume.evals.summary import summarise, summarise_scores
 from hpcresume.evals.table import RowTable, in_order, read_table
 from hpcresume.evals.view import TOO_MANY, Repair, repair, write_atomically, write_result
-from hpcresume.launch.drive import LocalRun, recover_dead
+from hpcresume.launch.drive import submit_to_slurm
+from hpcresume.launch.foreground import LocalRun, recover_dead
 from hpcresume.launch.local import TaskProgress, living_attempts
 from hpcresume.launch.rounds import plan_settings
 from hpcresume.launch.step import Step
-from hpcresume.launch.submit import Ready, Submission, make_ready, reopen_run, submit_to_slurm
+from hpcresume.launch.submit import Ready, Submission, make_ready, reopen_run
 from hpcresume.merge.plan import Plan, newest_plan
 from hpcresume.pipeline.payload import decode_payload
 from hpcresume.run.directory import RunDir

@@ -8,27 +8,25 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from filelock import FileLock, Timeout
 
 from hpcresume import slurm
 from hpcresume.config import Resolved, Settings, load_settings
-from hpcresume.errors import InternalError, LocalStorageError, RunDirError, SlurmRefusedError
+from hpcresume.errors import InternalError, RunDirError, SlurmRefusedError
 from hpcresume.launch.cancelled import cancelled_tasks
-from hpcresume.launch.ending import ENDS, tell_end
-from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
+from hpcresume.launch.ending import finish_run, tell_of
 from hpcresume.launch.packing import foresee, learn
 from hpcresume.launch.rounds import (
     Standing,
-    mark_finished,
     note_starved,
+    pardon,
     plan_round,
     plan_settings,
-    run_finish,
     settle,
     withhold,
 )
@@ -43,14 +41,14 @@ from hpcresume.launch.slurm_round import (
 )
 from hpcresume.launch.step import Step, last_plan
 from hpcresume.launch.stopping import unless_stopped
-from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
+from hpcresume.merge.plan import Plan, newest_plan, open_plan
 from hpcresume.pipeline.load import load_snapshot
-from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir, check_owner
 from hpcresume.run.manifest import Manifest
 from hpcresume.task.bad_node import bad_nodes, excluding
-from hpcresume.task.recovery import recover_node
-from hpcresume.task.scratch import choose_local
+
+if TYPE_CHECKING:
+    from hpcresume.launch.submit import Ready
 
 log = logging.getLogger(__name__)
 _TRIES = 5
@@ -69,15 +67,6 @@ def reload_settings(plan: Plan) -> Resolved:
         site=launch.site, start_dir=Path(launch.cwd or "."), environ=os.environ, flags={}
     )
     return dataclasses.replace(found, settings=plan_settings(plan))
-
-
-def finish_run(run: RunDir, standing: Standing, pipeline: Pipeline) -> None:
-    """Do what is done once at the end of a run."""
-    if standing.union.finished:
-        return
-    if standing.total:
-        run_finish(run, pipeline)
-    mark_finished(run, standing)
 
 
 @contextlib.contextmanager
@@ -114,6 +103,18 @@ def until_planned(step: Callable[[], Step]) -> Step:
     raise InternalError(f"{_TRIES} rounds in a row were planned by others")
 
 
+def submit_to_slurm(ready: Ready) -> Step:
+    """Submit the remainder as a round of job arrays; the merge job does the rest.
+
+    Raises:
+        SlurmUnreachableError, SlurmRefusedError: Nothing is lost; submit again.
+    """
+    with one_at_a_time(ready.prepared.run):
+        step = until_planned(lambda: _submit_once(ready))
+    tell_of(ready.prepared.run, step, ready.resolved.settings)
+    return step
+
+
 def merge_step(run: RunDir) -> Step:
     """Unite, decide, and submit the remainder as the next round on Slurm.
 
@@ -130,10 +131,46 @@ def merge_step(run: RunDir) -> Step:
     return step
 
 
-def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
-    """Tell the user's command of a run's end, where a step led to one."""
-    if step.state in ENDS:
-        tell_end(run, step.standing.union.number, settings.run.on_end)
+def _submit_once(ready: Ready) -> Step:
+    run, manifest = ready.prepared.run, ready.prepared.manifest
+    settings = ready.resolved.settings
+    last = newest_plan(run)
+    standing = settle(run, manifest, settings)
+    if not standing.remainder and standing.union.withheld:
+        # Somebody has cancelled array tasks at this moment, and a merge has taken note of it.
+        return Step("stopped", standing)
+    if not standing.remainder:
+        finish_run(run, standing, ready.prepared.loaded.pipeline)
+        return Step("finished", standing)
+    if last is not None:
+        round_ = last.footer.round
+        active = active_jobs(run, round_)
+        if active:
+            pardon(run, round_, [t for t in range(last.footer.tasks) if not _goes_on(t, active)])
+            job = unless_stopped(run, partial(take_up, run, last, ready.resolved, active))
+            return Step("cancelled" if job is None else "running", standing, round_, job)
+        close_round(run, last)
+        # What its tasks published before they ended may have come since.
+        standing = settle(run, manifest, settings)
+        if not standing.remainder:
+            return _submit_once(ready)
+    round_ = plan_round(
+        run,
+        manifest,
+        standing,
+        after=last,
+        settings=settings,
+        code=ready.prepared.code,
+        launch=ready.launch,
+        ladder=slurm_ladder(run, ready.launch, ready.resolved),
+    )
+    return submit_planned(run, manifest, standing, open_plan(run, round_), ready.resolved)
+
+
+def _goes_on(task: int, active: list[slurm.QueueEntry]) -> bool:
+    """Tell whether an array task waits or runs, so that it may still be cancelled."""
+    states = {entry.state for entry in active if entry.array_task in (task, None)}
+    return bool(states - {"COMPLETING"})
 
 
 def _merge_once(run: RunDir) -> Step:
@@ -253,100 +290,3 @@ def without_bad_nodes(run: RunDir, plan: Plan) -> Settings:
     exclude = excluding(settings.request, bad)
     request = msgspec.structs.replace(settings.request, exclude=exclude)
     return msgspec.structs.replace(settings, request=request)
-
-
-def recover_dead(run: RunDir, settings: Settings) -> int:
-    """Publish what dead attempts left on this machine, before anything is dealt again.
-
-    Returns:
-        The number of sources that they had committed and not published.
-    """
-    with contextlib.suppress(LocalStorageError):
-        local = choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
-        return recover_node(run, local)
-    return 0
-
-
-@dataclass
-class LocalRun:
-    """A run in the foreground of this machine: round after round until nothing is left.
-
-    Attributes:
-        run: The run directory.
-        manifest: Its sources.
-        pipeline: The pipeline, for ``finish``.
-        resolved: The settings.
-        launch: How rounds are dealt.
-        on_round: Called before each round with its plan.
-        on_progress: Called during a round with every task's progress; where it answers True
-            the round is interrupted as by SIGTERM.
-        on_recovered: Called with the number of sources that a dead attempt had committed
-            and that are published now.
-    """
-
-    run: RunDir
-    manifest: Manifest
-    pipeline: Pipeline
-    resolved: Resolved
-    launch: Launch
-    on_round: Callable[[Plan], None]
-    on_progress: Callable[[dict[int, TaskProgress]], bool | None]
-    on_recovered: Callable[[int], None]
-
-    def execute(self) -> Step:
-        """Run rounds until nothing is left, or until it makes no sense to go on.
-
-        Raises:
-            RunDirError: Another process of this machine works on the run.
-            LocalStorageError: No node-local directory here can be used; nothing was started.
-        """
-        living = living_attempts(self.run)
-        if living:
-            raise RunDirError(
-                f"{self.run.path} is being worked on by process {living[0].pid} on this "
-                "machine. Two at once would only do work twice. "
-                "Wait for it, or run: hpcresume cancel " + self.run.path,
-                path=self.run.path,
-            )
-        settings = self.resolved.settings
-        by_hand = True
-        while True:
-            self._recover()
-            standing = settle(self.run, self.manifest, settings, judge=not by_hand)
-            if not standing.remainder:
-                finish_run(self.run, standing, self.pipeline)
-                return Step("finished", standing)
-            if self.run.stop_requested():
-                return Step("cancelled", standing)
-            if standing.stopped:
-                return Step("stopped", standing)
-            if by_hand:
-                # Every task would find the same on this one machine.
-                choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
-            by_hand = False
-            local = self._execute_round(standing)
-            if local.interrupted:
-                standing = settle(self.run, self.manifest, settings)
-                return Step("interrupted", standing, signal=local.interrupted, forced=local.forced)
-
-    def _recover(self) -> None:
-        found = recover_dead(self.run, self.resolved.settings)
-        if found:
-            self.on_recovered(found)
-
-    def _execute_round(self, standing: Standing) -> LocalRound:
-        """Plan and run one round."""
-        round_ = plan_round(
-            self.run,
-            self.manifest,
-            standing,
-            after=newest_plan(self.run),
-            settings=self.resolved.settings,
-            code=self.run.code_numbers()[-1],
-            launch=self.launch,
-        )
-        plan = open_plan(self.run, round_)
-        self.on_round(plan)
-        local = LocalRound(self.run, round_, plan, self.resolved.settings, self.on_progress)
-        local.execute()
-        return local

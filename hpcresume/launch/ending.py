@@ -1,4 +1,4 @@
-"""What is done once when a run has ended: the user's command is told."""
+"""What is done once when a run has ended: ``finish``, and the user's command is told."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import shlex
 import shutil
 import subprocess
 
+from hpcresume.config import Settings
 from hpcresume.errors import UsageError
+from hpcresume.launch.rounds import Standing, mark_finished, run_finish
+from hpcresume.launch.step import Step
 from hpcresume.merge.plan import newest_plan
-from hpcresume.observe.status import read_status
+from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ def tell_end(run: RunDir, generation: int, command: str) -> None:
     """
     if not command or not run.claim_end(generation):
         return
+    from hpcresume.observe.status import read_status
+
     plan = newest_plan(run)
     cwd = plan.footer.launch.cwd if plan is not None and plan.footer.launch.cwd else None
     text = json.dumps(read_status(run, ask_slurm=False).to_dict(), ensure_ascii=False)
@@ -78,3 +83,18 @@ def tell_end(run: RunDir, generation: int, command: str) -> None:
         return
     if done.returncode:
         log.warning("--on-end %s: exited with %s", command, done.returncode)
+
+
+def finish_run(run: RunDir, standing: Standing, pipeline: Pipeline) -> None:
+    """Do what is done once at the end of a run."""
+    if standing.union.finished:
+        return
+    if standing.total:
+        run_finish(run, pipeline)
+    mark_finished(run, standing)
+
+
+def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
+    """Tell the user's command of a run's end, where a step led to one."""
+    if step.state in ENDS:
+        tell_end(run, step.standing.union.number, settings.run.on_end)

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,13 @@ from hpcresume.errors import (
     SlurmUnreachableError,
     UsageError,
 )
-from hpcresume.launch.drive import (
-    LocalRun,
-    finish_run,
-    one_at_a_time,
-    submit_planned,
-    tell_of,
-    until_planned,
-)
-from hpcresume.launch.ending import check_on_end
+from hpcresume.launch.ending import check_on_end, tell_of
 from hpcresume.launch.local import TaskProgress
 from hpcresume.launch.packing import with_live_limits
 from hpcresume.launch.prepare import Prepared, prepare
-from hpcresume.launch.rounds import pardon, plan_round, reopen, settle
-from hpcresume.launch.slurm_round import active_jobs, close_round, slurm_ladder, take_up
+from hpcresume.launch.rounds import reopen
 from hpcresume.launch.step import Step
-from hpcresume.launch.stopping import unless_stopped
-from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
+from hpcresume.merge.plan import Launch, Plan, newest_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
 
@@ -210,6 +199,9 @@ def run_local(
     on_recovered: Callable[[int], None],
 ) -> Step:
     """Run in the foreground of this machine."""
+    # What starts array tasks, here or on Slurm, is half of what a command has to import.
+    from hpcresume.launch.foreground import LocalRun
+
     step = LocalRun(
         run=ready.prepared.run,
         manifest=ready.prepared.manifest,
@@ -224,21 +216,11 @@ def run_local(
     return step
 
 
-def submit_to_slurm(ready: Ready) -> Step:
-    """Submit the remainder as a round of job arrays; the merge job does the rest.
-
-    Raises:
-        SlurmUnreachableError, SlurmRefusedError: Nothing is lost; submit again.
-    """
-    with one_at_a_time(ready.prepared.run):
-        step = until_planned(lambda: _submit_once(ready))
-    tell_of(ready.prepared.run, step, ready.resolved.settings)
-    return step
-
-
 def start(ready: Ready) -> Step:
     """Start a run that is ready, without a word: on one machine until it has ended."""
     if ready.launch.cluster == "slurm":
+        from hpcresume.launch.drive import submit_to_slurm
+
         return submit_to_slurm(ready)
     return run_local(
         ready,
@@ -246,48 +228,6 @@ def start(ready: Ready) -> Step:
         on_progress=lambda _tasks: None,
         on_recovered=lambda _sources: None,
     )
-
-
-def _submit_once(ready: Ready) -> Step:
-    run, manifest = ready.prepared.run, ready.prepared.manifest
-    settings = ready.resolved.settings
-    last = newest_plan(run)
-    standing = settle(run, manifest, settings)
-    if not standing.remainder and standing.union.withheld:
-        # Somebody has cancelled array tasks at this moment, and a merge has taken note of it.
-        return Step("stopped", standing)
-    if not standing.remainder:
-        finish_run(run, standing, ready.prepared.loaded.pipeline)
-        return Step("finished", standing)
-    if last is not None:
-        round_ = last.footer.round
-        active = active_jobs(run, round_)
-        if active:
-            pardon(run, round_, [t for t in range(last.footer.tasks) if not _goes_on(t, active)])
-            job = unless_stopped(run, partial(take_up, run, last, ready.resolved, active))
-            return Step("cancelled" if job is None else "running", standing, round_, job)
-        close_round(run, last)
-        # What its tasks published before they ended may have come since.
-        standing = settle(run, manifest, settings)
-        if not standing.remainder:
-            return _submit_once(ready)
-    round_ = plan_round(
-        run,
-        manifest,
-        standing,
-        after=last,
-        settings=settings,
-        code=ready.prepared.code,
-        launch=ready.launch,
-        ladder=slurm_ladder(run, ready.launch, ready.resolved),
-    )
-    return submit_planned(run, manifest, standing, open_plan(run, round_), ready.resolved)
-
-
-def _goes_on(task: int, active: list[slurm.QueueEntry]) -> bool:
-    """Tell whether an array task waits or runs, so that it may still be cancelled."""
-    states = {entry.state for entry in active if entry.array_task in (task, None)}
-    return bool(states - {"COMPLETING"})
 
 
 def parse_array(text: str) -> tuple[int, int]:

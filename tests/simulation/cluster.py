@@ -10,7 +10,7 @@ from typing import Any
 
 from hpcresume import slurm
 from hpcresume.errors import SlurmUnreachableError
-from hpcresume.launch import drive, submit, submitit_executor
+from hpcresume.launch import drive, submitit_executor
 from hpcresume.slurm import JobId
 from tests.simulation.world import Process
 from tests.support.places import RUN_ID
@@ -195,7 +195,6 @@ class Cluster:
             (drive, "foresee", lambda _resolved, **_how: None),
             (drive, "cancelled_tasks", self.cancelled_tasks),
             (drive, "one_at_a_time", lambda _run: contextlib.nullcontext()),
-            (submit, "one_at_a_time", lambda _run: contextlib.nullcontext()),
             (drive, "load_snapshot", lambda _path: pipeline),
             (drive, "reload_settings", lambda _plan: resolved),
         ]

@@ -16,9 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from hpcresume.config import load_settings
-from hpcresume.launch.drive import merge_step
+from hpcresume.launch.drive import merge_step, submit_to_slurm
 from hpcresume.launch.rounds import reopen
-from hpcresume.launch.submit import submit_to_slurm
 from hpcresume.merge import retention
 from hpcresume.merge.generation import Union, load_newest
 from hpcresume.merge.plan import Launch

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from hpcresume.launch.drive import merge_step
-from hpcresume.launch.submit import submit_to_slurm
+from hpcresume.launch.drive import merge_step, submit_to_slurm
 from hpcresume.merge.generation import load_newest
 from hpcresume.run.directory import RunDir
 from tests.simulation.__main__ import past_seeds
