@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--environments", type=Path, default=CACHE, help="where peers are kept")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench"), help="without suffix")
     given = parser.parse_args(argv)
+    # Who installs a program does not compile it anew at each start.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     bench = Bench(TINY if given.tiny else Sizes(), given.cores, given.environments)
     cases = [case for case in bench.cases() if wanted(case, given.only)]
     if not cases:
