@@ -23,11 +23,24 @@ def note(name, text):
     os.write(fd, text.encode() + b"\\n")
     os.close(fd)
 
+async def longest_stall_s(seconds):
+    # Both clocks: a busy machine stalls everybody, and other threads use the processor too.
+    longest, start = 0.0, time.monotonic()
+    before = start, time.process_time()
+    while before[0] < start + seconds:
+        await asyncio.sleep(0.005)
+        now = time.monotonic(), time.process_time()
+        longest = max(longest, min(now[0] - before[0], now[1] - before[1]))
+        before = now
+    return longest
+
 async def answer(item, here: str = "."):
     note(f"{here}/calls", f"{item.id} {item.repetition}")
     do = item.fields.get("do", "")
     if do == "hang":
         await asyncio.sleep(3600)
+    if do == "tick":
+        return await longest_stall_s(item.fields["s"])
     await asyncio.sleep(item.fields.get("ms", 0) / 1000)
     item.step("LLM_END", {"asked": item.question})
     item.step("TOOL_END")
