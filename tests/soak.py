@@ -444,6 +444,8 @@ class Soak:
         """Submit again a run that has stopped by itself, as its user would."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             if not self._bed.run("squeue", "-h", "-o", "%i").strip() and not run.is_finished():
+                # While it hangs, a user's command would too, and so would this loop.
+                self._shared.heal()
                 run.submit()
 
     def _judge(self, run: Soaked) -> None:

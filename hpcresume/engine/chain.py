@@ -20,7 +20,15 @@ import pickle
 import resource
 import time
 from bisect import bisect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,6 +94,18 @@ class _Items:
         taken = _Items(self.items, self.slots, self.paths)
         self.items, self.slots, self.paths = [], [], []
         return taken
+
+    def extend(self, items: list[Any], slots: list[int], paths: list[ItemPath]) -> None:
+        self.items += items
+        self.slots += slots
+        self.paths += paths
+
+    def by_slot(self, slots: Iterable[int]) -> dict[int, list[tuple[ItemPath, Any]]]:
+        """Return what was made of each of some slots."""
+        found: dict[int, list[tuple[ItemPath, Any]]] = {slot: [] for slot in slots}
+        for item, slot, path in zip(self.items, self.slots, self.paths, strict=True):
+            found[slot].append((path, item))
+        return found
 
     def __len__(self) -> int:
         return len(self.items)
@@ -193,7 +213,7 @@ class _Call:
         self.failures: dict[int, SlotFailure] = {}
         # Slots that the sources (0) and each stage (from 1) worked for.
         self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
-        self.made: list[list[tuple[ItemPath, Any]]] = [[] for _ in range(len(inputs))]
+        self.made = _Items()
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
     async def run(self) -> ChunkResult:
@@ -223,7 +243,7 @@ class _Call:
             items = _Items(
                 self._read(slots), slots, [ROOT] * len(slots) if paths is None else paths[start:]
             )
-            yield items if not self.failures else self._without_failed(items)
+            yield self._without_failed(items)
 
     def _read(self, slots: list[int]) -> list[Any]:
         """Return the items in some slots; those that cannot be had fail."""
@@ -271,8 +291,7 @@ class _Call:
 
     async def _push(self, number: int, items: _Items) -> None:
         """Run stage ``number`` of the group over items, and the stages after it."""
-        if self.failures:
-            items = self._without_failed(items)
+        items = self._without_failed(items)
         if not items.items:
             return
         if number == len(self.stages):
@@ -328,6 +347,8 @@ class _Call:
             self.passed[number + 1].append(slots)
 
     def _without_failed(self, items: _Items) -> _Items:
+        if not self.failures:
+            return items
         kept = _Items()
         for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
             if slot not in self.failures:
@@ -622,13 +643,19 @@ class _Call:
             self.passed[-1].append(items.slots)
             if self.chain.pipeline.sink is None:
                 return
-        paths = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
-        encode, made = self.chain.packer.row if self.chain.is_last else _pickled, self.made
-        for item, slot, path in zip(items.items, items.slots, items.paths, strict=True):
+        full = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
+        paths = list(map(full.__getitem__, items.paths))
+        packer = self.chain.packer
+        encode = packer.row if self.chain.is_last else _pickled
+        with contextlib.suppress(Exception):
+            made = packer.rows(items.items) if self.chain.is_last else _all_pickled(items.items)
+            self.made.extend(made, items.slots, paths)
+            return
+        for item, slot, path in zip(items.items, items.slots, paths, strict=True):
             try:
-                made[slot].append((paths[path], encode(item)))
+                self.made.add(encode(item), slot, path)
             except Exception as error:
-                self._fail(slot, self.stages[-1].name, paths[path], error)
+                self._fail(slot, self.stages[-1].name, path, error)
                 self.counts[-1].failed += 1
 
     def _finish(self, result: ChunkResult) -> None:
@@ -638,14 +665,17 @@ class _Call:
         result.worked = sorted(self._worked())
         good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
         result.files = {slot: self.files[slot] for slot in good if slot in self.files}
+        made, column = self._without_failed(self.made), self._column()
         if self.chain.is_first and self.chain.is_last:
-            self._build_frame(result, good, table)
-        elif (column := self._column()) is not None:
-            result.column = column
+            self._build_frame(result, good, made, column, table)
+        elif column is not None:
+            path, values = column
+            result.column = path, _travelling(values) if self.chain.is_last else values
         elif self.chain.is_last:
-            result.rows = {slot: _travelling(self.made[slot]) for slot in good}
+            made.items = _travelling(made.items)
+            result.rows = made.by_slot(good)
         else:
-            result.emitted = {slot: self.made[slot] for slot in good}
+            result.emitted = made.by_slot(good)
 
     def _worked(self) -> list[str]:
         """Set whether a stage worked between its failures; return those that did after them."""
@@ -680,43 +710,53 @@ class _Call:
 
     def _check_fit(self) -> Any:
         """Fail the sources whose rows the sink cannot take; return what was made of the rest."""
-        good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
-        fit = self.chain.packer.fit({slot: self.made[slot] for slot in good})
+        made = self._without_failed(self.made)
+        fit = self.chain.packer.fit(made.slots, made.items)
         for slot, error in fit.misfits.items():
             self.counts[-1].failed += 1
-            self._fail(slot, self.stages[-1].name, self.made[slot][0][0], error)
+            self._fail(slot, self.stages[-1].name, made.paths[made.slots.index(slot)], error)
         return fit.table
 
-    def _column(self) -> tuple[ItemPath, list[bytes]] | None:
+    def _column(self) -> tuple[ItemPath, list[Any]] | None:
         """Return what all slots made where that is one item each, all of one path."""
-        if self.failures or self.files or not all(len(made) == 1 for made in self.made):
+        made, n = self.made, len(self.inputs)
+        if self.failures or self.files or not n or made.slots != list(range(n)):
             return None
-        paths = {made[0][0] for made in self.made}
-        if len(paths) != 1:
-            return None
-        values = [made[0][1] for made in self.made]
-        if self.chain.is_last:
-            values = [row if isinstance(row, bytes) else _pickled(row) for row in values]
-        return paths.pop(), values
+        path = made.paths[0]
+        return (path, made.items) if made.paths.count(path) == n else None
 
-    def _build_frame(self, result: ChunkResult, good: list[int], table: Any) -> None:
+    def _build_frame(
+        self,
+        result: ChunkResult,
+        good: list[int],
+        made: _Items,
+        column: tuple[ItemPath, list[Any]] | None,
+        table: Any,
+    ) -> None:
         if not good:
             return
-        inputs, files = self.inputs, self.files
-        packed = [
-            Packed(inputs.sources[s], inputs.source_id(s), self.made[s], files.get(s, ()))
-            for s in good
-        ]
+        packer, inputs, files = self.chain.packer, self.inputs, self.files
         try:
-            result.frame = self.chain.packer.pack(packed, table)
+            if column is not None:
+                result.frame = packer.pack_column(inputs.sources, *column, table)
+            else:
+                packed = [
+                    Packed(inputs.sources[s], inputs.source_id(s), rows, files.get(s, ()))
+                    for s, rows in made.by_slot(good).items()
+                ]
+                result.frame = packer.pack(packed, table)
         except LocalStorageError as error:
             result.refused = str(error)
         result.completed = len(good)
 
 
-def _travelling(rows: list[tuple[ItemPath, Any]]) -> list[tuple[ItemPath, bytes]]:
+def _travelling(rows: list[Any]) -> list[bytes]:
     """Return rows as they go to the driver."""
-    return [(path, row if isinstance(row, bytes) else _pickled(row)) for path, row in rows]
+    return [row if isinstance(row, bytes) else _pickled(row) for row in rows]
+
+
+def _all_pickled(items: list[Any]) -> list[bytes]:
+    return [pickle.dumps(item, protocol=5) for item in items]
 
 
 def _pickled(item: Any) -> bytes:

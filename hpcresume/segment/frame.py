@@ -94,13 +94,22 @@ class FrameBuilder:
     size_bytes: int = 0
 
     def add(self, index: int, rows: Sequence[tuple[ItemPath, bytes]]) -> None:
-        """Add a completed source with its rows, in item order, each without a newline."""
+        """Add a completed source with its rows, in item order, each ending in a newline."""
         for path, row in rows:
             self.rows.append(row)
             self.paths.append(path)
-            self.size_bytes += len(row) + 1
+            self.size_bytes += len(row)
         self.indices.append(index)
         self.ends.append(self.size_bytes)
+
+    def add_column(self, indices: Sequence[int], path: ItemPath, rows: Sequence[bytes]) -> None:
+        """Add completed sources that have one row each, all of one path."""
+        ends = itertools.accumulate(map(len, rows), initial=self.size_bytes)
+        self.ends += itertools.islice(ends, 1, None)
+        self.indices += indices
+        self.rows += rows
+        self.paths += itertools.repeat(path, len(rows))
+        self.size_bytes = self.ends[-1] if self.ends else 0
 
     def add_counted(self, index: int, paths: Sequence[ItemPath]) -> None:
         """Add a completed source whose rows lie elsewhere and are counted, one path for each."""
@@ -114,7 +123,7 @@ class FrameBuilder:
 
     def lines(self) -> bytes:
         """Return all rows, each ending in a newline."""
-        return b"\n".join(self.rows) + b"\n" if self.rows else b""
+        return b"".join(self.rows)
 
     def build(self, blob: Blob | None = None) -> bytes:
         """Return the frame.
@@ -155,7 +164,7 @@ def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
     if not paths:
         return b""
     first = paths[0]
-    if all(path == first for path in paths):
+    if paths.count(first) == len(paths):
         return b"=" + encode_path(first).encode()
     return b"z" + zlib.compress("\n".join(map(encode_path, paths)).encode(), 1)
 

@@ -19,7 +19,7 @@ from hpcresume.errors import LocalStorageError, RowError
 from hpcresume.ids import ItemPath
 from hpcresume.segment.frame import JSONL, PARQUET, Blob, FrameBuilder
 from hpcresume.segment.parquet_footer import split
-from hpcresume.sinks.rows import encode_row
+from hpcresume.sinks.rows import encode_lines, encode_row
 
 SCHEMA_NAME = "schema"
 """The schema that the first rows of an attempt had, beside its blobs."""
@@ -66,8 +66,15 @@ class Packer(Protocol):
             RowError: The sink cannot hold the value.
         """
 
-    def fit(self, rows: Mapping[int, Rows]) -> Fit:
-        """Tell which slots' rows cannot be packed."""
+    def rows(self, values: Sequence[Any]) -> list[Any]:
+        """Return many rows at once.
+
+        Raises:
+            RowError: One of them has to be taken by itself.
+        """
+
+    def fit(self, slots: Sequence[int], rows: Sequence[Any]) -> Fit:
+        """Tell the rows of which slots cannot be packed; ``slots`` says whose each row is."""
 
     def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
         """Return the frame of some sources, given in index order.
@@ -80,6 +87,11 @@ class Packer(Protocol):
             LocalStorageError: The node-local disk is full or failing.
         """
 
+    def pack_column(
+        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    ) -> bytes:
+        """Return the frame of sources that have one row each, all of one path, and no files."""
+
 
 class RowsPacker:
     """Rows of JSON, in the frame; also for a pipeline without a sink."""
@@ -87,18 +99,39 @@ class RowsPacker:
     frame_bytes = 1 << 20
 
     def row(self, value: Any) -> bytes:
-        """Return a row as a line of JSON, without the newline."""
-        return encode_row(value)
+        """Return a row as a line of JSON, with its newline."""
+        return encode_row(value) + b"\n"
 
-    def fit(self, rows: Mapping[int, Rows]) -> Fit:
+    def rows(self, values: Sequence[Any]) -> list[Any]:
+        """Return rows as lines of JSON, each with its newline."""
+        return encode_lines(values)
+
+    def fit(self, slots: Sequence[int], rows: Sequence[Any]) -> Fit:
         """All fit: each was encoded by itself."""
-        del rows
+        del slots, rows
         return Fit()
 
     def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
         """Return the frame of some sources."""
         del table
-        return _frame(sources).build()
+        frame = FrameBuilder()
+        for source in sources:
+            frame.add(source.source, source.rows)
+            if source.files:
+                frame.add_files(source.source_id, source.files)
+        return self._build(frame)
+
+    def pack_column(
+        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    ) -> bytes:
+        """Return the frame of sources that have one row each."""
+        del table
+        frame = FrameBuilder()
+        frame.add_column(sources, path, rows)
+        return self._build(frame)
+
+    def _build(self, frame: FrameBuilder) -> bytes:
+        return frame.build()
 
 
 class JsonlPacker(RowsPacker):
@@ -113,10 +146,7 @@ class JsonlPacker(RowsPacker):
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def pack(self, sources: Sequence[Packed], table: Any = None) -> bytes:
-        """Return the frame of some sources, whose rows lie in a blob."""
-        del table
-        frame = _frame(sources)
+    def _build(self, frame: FrameBuilder) -> bytes:
         if not frame.rows:
             return frame.build()
         data = frame.lines()
@@ -151,18 +181,25 @@ class ParquetPacker:
             "Return one of these in the last stage.",
         )
 
-    def fit(self, rows: Mapping[int, Rows]) -> Fit:
+    def rows(self, values: Sequence[Any]) -> list[Any]:
+        """Return rows as they are, if they have columns."""
+        return list(map(self.row, values))
+
+    def fit(self, slots: Sequence[int], rows: Sequence[Any]) -> Fit:
         """Convert all rows together; where that fails, each slot's by themselves."""
         try:
-            return Fit(table=self._table([value for made in rows.values() for _, value in made]))
+            return Fit(table=self._table(rows))
         except RowError:
-            return Fit(misfits=dict(self._misfits(rows)))
+            return Fit(misfits=dict(self._misfits(slots, rows)))
 
-    def _misfits(self, rows: Mapping[int, Rows]) -> list[tuple[int, Exception]]:
+    def _misfits(self, slots: Sequence[int], rows: Sequence[Any]) -> list[tuple[int, Exception]]:
         found: list[tuple[int, Exception]] = []
-        for slot, made in rows.items():
+        made: dict[int, list[Any]] = {}
+        for slot, row in zip(slots, rows, strict=True):
+            made.setdefault(slot, []).append(row)
+        for slot, values in made.items():
             try:
-                self._table([value for _, value in made])
+                self._table(values)
             except RowError as error:
                 found.append((slot, error))
         return found
@@ -185,6 +222,13 @@ class ParquetPacker:
         crc = google_crc32c.value(pages)
         blob = Blob(PARQUET, name, 0, len(pages), crc, len(frame.paths), footer)
         return frame.build(blob)
+
+    def pack_column(
+        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    ) -> bytes:
+        """Return the frame of sources that have one row or table each."""
+        made = zip(sources, rows, strict=True)
+        return self.pack([Packed(source, "", [(path, row)]) for source, row in made], table)
 
     def _table(self, values: Sequence[Any]) -> Any:
         """Return values as one table of the attempt's schema.
@@ -211,15 +255,6 @@ class ParquetPacker:
         if self._schema is None:
             self._schema = agree_on_schema(self._directory, _infer(values))
         return self._schema
-
-
-def _frame(sources: Sequence[Packed]) -> FrameBuilder:
-    frame = FrameBuilder()
-    for source in sources:
-        frame.add(source.source, source.rows)
-        if source.files:
-            frame.add_files(source.source_id, source.files)
-    return frame
 
 
 def write_blob(directory: str, data: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -35,6 +36,23 @@ def encode_row(value: Any) -> bytes:
         refuse_non_finite(value)
     # The encoder leaves its working space, kilobytes, attached to what it returns.
     return bytes(memoryview(row))
+
+
+def encode_lines(values: Sequence[Any]) -> list[bytes]:
+    """Return values as lines of JSON, each with its newline: many at the cost of a few.
+
+    Raises:
+        RowError: JSON cannot hold one of them, or it has to be looked at by itself.
+    """
+    try:
+        # Adding the newline also frees the encoder's working space; see above.
+        lines = [orjson.dumps(value, _from_numpy, _OPTIONS) + b"\n" for value in values]
+    except orjson.JSONEncodeError as error:
+        raise _row_error(str(error.__cause__ or error)) from error
+    if b"null" in b"".join(lines):
+        for value in values:
+            refuse_non_finite(value)
+    return lines
 
 
 def _encode_wide(value: Any) -> bytes:

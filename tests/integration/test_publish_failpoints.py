@@ -158,7 +158,7 @@ class Promises:
         frames = [read_frame(segment, number)[0] for number in segment.frame_numbers()]
         rows = dict(source for frame in frames for source in frame.sources())
         assert sources <= set(segment.completed)
-        assert {s: row(s) + b"\n" for s in sources} == {s: rows[s] for s in sources}
+        assert {s: row(s) for s in sources} == {s: rows[s] for s in sources}
         published = self.run.attempt_path(AttemptRef(0, 0, 1), "files")
         first = f"s{min(sources)}"
         assert first.encode() == POSIX.read(output_path(published, first, "", "f.bin"))

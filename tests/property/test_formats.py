@@ -22,7 +22,7 @@ from tests.support.simfs import SimFileSystem
 
 indices = st.integers(0, (1 << 32) - 1)
 paths = st.lists(st.integers(0, 10**6), max_size=4).map(lambda n: ItemPath(tuple(n)))
-lines = st.binary(max_size=20).map(lambda data: data.replace(b"\n", b" "))
+lines = st.binary(max_size=20).map(lambda data: data.replace(b"\n", b" ") + b"\n")
 chunks = st.dictionaries(indices, st.lists(st.tuples(paths, lines), max_size=4), max_size=6)
 failures = st.builds(
     Failure, indices, st.text(max_size=5), st.text(max_size=5), st.text(max_size=5),
@@ -55,7 +55,7 @@ def read_all(data: bytes) -> None:
 def test_a_frame_is_decoded_as_built(chunk) -> None:
     """Sources, rows and paths of any chunk come back as they were added."""
     found = decode_frame(build(chunk), what="x")
-    rows = [(i, b"".join(r + b"\n" for _, r in chunk[i])) for i in sorted(chunk)]
+    rows = [(i, b"".join(r for _, r in chunk[i])) for i in sorted(chunk)]
     assert rows == list(found.sources())
     assert [path for i in sorted(chunk) for path, _ in chunk[i]] == found.paths()
 

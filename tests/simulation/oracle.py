@@ -46,7 +46,7 @@ Charge = tuple[int, int]
 
 def rows_of(source: int) -> bytes:
     """Return the rows that a source must have in the result."""
-    return b"".join(row(source, n) + b"\n" for n in range(source % 3))
+    return b"".join(row(source, n) for n in range(source % 3))
 
 
 @dataclass

@@ -68,7 +68,7 @@ def collected(run: RunDir) -> dict[int, bytes]:
         except BadSegmentError as error:
             take_back_segment(run, error)
             continue
-        return {each.source: each.rows[0] for span in found for each in span.each()}
+        return {each.source: each.rows[0] + b"\n" for span in found for each in span.each()}
 
 
 def rows(*sources: int) -> dict[int, bytes]:

@@ -67,8 +67,8 @@ def make_run(fs: FileSystem, path: str, run_id: str = RUN_ID) -> RunDir:
 
 
 def row(source: int, n: int = 0) -> bytes:
-    """Return the row that a source's ``n``-th item makes, the same in every attempt."""
-    return b'{"source":%d,"n":%d}' % (source, n)
+    """Return the line that a source's ``n``-th item makes, the same in every attempt."""
+    return b'{"source":%d,"n":%d}\n' % (source, n)
 
 
 def frame(sources: Iterable[int], *, rows: int = 1) -> bytes:

@@ -153,7 +153,9 @@ class MadeRun:
         builder = FrameBuilder()
         for index in sorted(indices):
             source_id = self.ids[index]
-            made = [(ItemPath(tuple(p)), orjson.dumps(row)) for p, row in rows(index, source_id)]
+            made = [
+                (ItemPath(tuple(p)), orjson.dumps(row) + b"\n") for p, row in rows(index, source_id)
+            ]
             builder.add(index, made)
             given = files.get(index, ())
             for path, name, data in given:

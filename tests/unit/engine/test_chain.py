@@ -564,7 +564,7 @@ def test_closures_travel_between_groups(case: ChainCase) -> None:
     inputs.ids.append("s0")
     inputs.paths.append(path)
     inputs.items.append(made)
-    assert ((0, 0), [b"7"]) == call(last, inputs).column
+    assert ((0, 0), [b"7\n"]) == call(last, inputs).column
 
 
 def test_later_group_keeps_paths(case: ChainCase) -> None:
@@ -577,7 +577,7 @@ def test_later_group_keeps_paths(case: ChainCase) -> None:
 
     last = case.make([fan, picky], first=1)
     result = call(last, items([(5, (0,), 1), (5, (1,), 2), (6, (0,), 3)]))
-    assert {0: [((0, 0), b"1")], 2: [((0, 0), b"3")]} == result.rows
+    assert {0: [((0, 0), b"1\n")], 2: [((0, 0), b"3\n")]} == result.rows
     assert "s5/fan.1" == failed(result)[1].item
 
 

@@ -25,7 +25,7 @@ def frames(sources: int, chunk: int) -> tuple[list[bytes], int]:
     made, size = [], 0
     for start in range(0, sources, chunk):
         packed = [Packed(i, f"s{i}", [(ROOT, row(i))]) for i in range(start, start + chunk)]
-        size += sum(len(row(source.source)) + 1 for source in packed)
+        size += sum(len(row(source.source)) for source in packed)
         made.append(RowsPacker().pack(packed))
     return made, size
 

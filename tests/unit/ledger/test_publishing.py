@@ -61,7 +61,7 @@ def test_everything_committed_is_published(run: RunDir, ledger: Ledger) -> None:
     segment = segment_of(run, receipt)
     assert (2, 7, 3) == (receipt.last, receipt.seq, receipt.sources)
     assert [1, 2, 3] == list(segment.completed)
-    assert [(3, row(3) + b"\n")] == list(segment.frame(2).sources())
+    assert [(3, row(3))] == list(segment.frame(2).sources())
     assert [failure(9)] == segment.failures()
     footer = segment.footer
     assert (Writer(0, 3, 2), 7, 4, ["a", "b"], state.stages, state.progress) == (
@@ -170,7 +170,7 @@ def test_a_source_that_memory_ran_out_for_alone(run: RunDir, ledger: Ledger) -> 
 
 def commit_with_file(ledger: Ledger, outputs: Path, data: bytes = b"image") -> str:
     builder = FrameBuilder()
-    builder.add(1, [(ROOT, b"1")])
+    builder.add(1, [(ROOT, b"1\n")])
     builder.add_files("s1", [(ItemPath((0, 2)), "x.png")])
     ledger.commit(Batch(frames=[builder.build()]))
     local = Path(output_path(str(outputs), "s1", "0.2", "x.png"))

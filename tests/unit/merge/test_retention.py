@@ -47,7 +47,7 @@ def collected(run: RunDir) -> dict[int, bytes]:
         union = read_union(run, max_attempts=3)
         try:
             return {
-                each.source: each.rows[0]
+                each.source: each.rows[0] + b"\n"
                 for span in spans(run, union, Manifest.open(run))
                 for each in span.each()
             }

@@ -102,7 +102,7 @@ def test_an_empty_frame() -> None:
 def test_sources_without_rows() -> None:
     """A source whose items were all dropped is completed, with no rows."""
     builder = FrameBuilder()
-    for source, rows in ((1, []), (2, [(ROOT, b"2")]), (9, [])):
+    for source, rows in ((1, []), (2, [(ROOT, b"2\n")]), (9, [])):
         builder.add(source, rows)
     found = decode_frame(builder.build(), what="x")
     assert [(1, b""), (2, b"2\n"), (9, b"")] == list(found.sources())
@@ -112,8 +112,8 @@ def test_sources_without_rows() -> None:
 def test_rows_keep_their_paths() -> None:
     """Rows of one source and of several keep item order, with the root's path among them."""
     builder = FrameBuilder()
-    builder.add(5, [(ItemPath((0,)), b"a"), (ItemPath((0, 12)), b"b")])
-    builder.add(6, [(ROOT, b"c")])
+    builder.add(5, [(ItemPath((0,)), b"a\n"), (ItemPath((0, 12)), b"b\n")])
+    builder.add(6, [(ROOT, b"c\n")])
     builder.add_files("id5", [(ItemPath((0, 12)), "x.png")])
     found = decode_frame(builder.build(), what="x")
     assert [(5, b"a\nb\n"), (6, b"c\n")] == list(found.sources())
@@ -341,7 +341,7 @@ def test_a_segment_is_read_as_written(place: Place) -> None:
     assert FAILURES == segment.failures()
     assert Writer(0, 0, 1) == segment.footer.writer
     assert [(1, 2, 2), (0, 0, 0), (7, 7, 1)] == segment.footer.chunks
-    assert [(7, row(7) + b"\n")] == list(segment.frame(2).sources())
+    assert [(7, row(7))] == list(segment.frame(2).sources())
 
 
 def test_a_segment_without_anything(place: Place) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import hpcresume as hr
 from hpcresume.errors import LocalStorageError, PipelineError, RowError
-from hpcresume.ids import ROOT, ItemPath
+from hpcresume.ids import ItemPath
 from hpcresume.segment.frame import blob_of, decode_frame
 from hpcresume.segment.parquet_footer import whole
 from hpcresume.sinks import packing
@@ -92,8 +92,8 @@ def test_rows_that_do_not_fit_fail_their_source_alone(tmp_path: Path, row: Any, 
     """The error names the column or value, and all other sources of the call are packed."""
     schema = {"n": "int64", "in": pa.struct([("a", pa.list_(pa.int32()))])}
     packer = ParquetPacker(schema, str(tmp_path))
-    good = [(ROOT, packer.row({"n": 1}))]
-    fit = packer.fit({0: good, 3: [(ROOT, packer.row(row))], 4: good})
+    good = packer.row({"n": 1})
+    fit = packer.fit([0, 3, 4], [good, packer.row(row), good])
     assert [3] == list(fit.misfits)
     assert why in str(fit.misfits[3])
     assert "schema given" in str(fit.misfits[3])
@@ -110,7 +110,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch, for
     """A refusal of the node-local disk is its own error, and no half blob stays."""
     packer = JsonlPacker(str(tmp_path)) if form == "jsonl" else ParquetPacker(None, str(tmp_path))
     sources = packed(packer, [{"a": 1}])
-    packer.fit({0: sources[0].rows})
+    packer.fit([0], [row for _, row in sources[0].rows])
     before = os.listdir(tmp_path)
 
     def full(path: str, flags: int) -> int:

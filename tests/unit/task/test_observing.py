@@ -56,9 +56,9 @@ def test_commits_are_told_in_order() -> None:
     (recorder,) = made
     assert TASK == recorder.task
     first, seven, eight, last, closed = recorder.told
-    assert [(1, row(1) + b"\n"), (2, row(2) + b"\n")] == first
+    assert [(1, row(1)), (2, row(2))] == first
     assert [(7, 3), (8, 1)] == [(f.source, f.attempts) for f in (seven, eight)]
-    assert ([(3, row(3) + b"\n")], "closed") == (last, closed)
+    assert ([(3, row(3))], "closed") == (last, closed)
     assert "enough" == told.wants_stop
 
 
