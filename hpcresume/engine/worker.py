@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -80,6 +81,8 @@ class StageWorker:
         except HpcResumeError as error:
             return str(error)
         children.record(self._setup.mark)
+        # What Ray and the stages' modules hold stays; the collector need not look at it again.
+        gc.freeze()
         return None
 
     def _make_chain(self) -> Chain:
