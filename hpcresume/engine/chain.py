@@ -388,16 +388,9 @@ class _Call:
             error = self._guarded(number, slot, partial(_draw, children, values), timeout_s=left)
             if left is not None:
                 left = max(1e-3, left - (time.perf_counter() - start))
-            for child in children:
-                if isinstance(child, WorkerBroken):
-                    raise child
-                if isinstance(child, Failed):
-                    error = child
-                    break
-                if child is not None:
-                    made += 1
-                    out.add(child, slot, ItemPath((*parent, n)))
-                n += 1
+            adopted, failed = _adopt(children, slot, parent, n, out)
+            error = failed or error
+            made, n = made + adopted, n + len(children)
             if error is not None or len(children) < _DRAW_ITEMS:
                 break
             await self._push(number + 1, out.take())
@@ -665,10 +658,10 @@ class _Call:
         result.worked = sorted(self._worked())
         good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
         result.files = {slot: self.files[slot] for slot in good if slot in self.files}
-        made, column = self._without_failed(self.made), self._column()
+        made = self._without_failed(self.made)
         if self.chain.is_first and self.chain.is_last:
-            self._build_frame(result, good, made, column, table)
-        elif column is not None:
+            self._build_frame(result, good, made, table)
+        elif (column := self._column()) is not None:
             path, values = column
             result.column = path, _travelling(values) if self.chain.is_last else values
         elif self.chain.is_last:
@@ -725,29 +718,44 @@ class _Call:
         path = made.paths[0]
         return (path, made.items) if made.paths.count(path) == n else None
 
-    def _build_frame(
-        self,
-        result: ChunkResult,
-        good: list[int],
-        made: _Items,
-        column: tuple[ItemPath, list[Any]] | None,
-        table: Any,
-    ) -> None:
+    def _build_frame(self, result: ChunkResult, good: list[int], made: _Items, table: Any) -> None:
         if not good:
             return
         packer, inputs, files = self.chain.packer, self.inputs, self.files
+        index_of = inputs.sources.__getitem__
         try:
-            if column is not None:
-                result.frame = packer.pack_column(inputs.sources, *column, table)
-            else:
+            if files:
                 packed = [
-                    Packed(inputs.sources[s], inputs.source_id(s), rows, files.get(s, ()))
+                    Packed(index_of(s), inputs.source_id(s), rows, files.get(s, ()))
                     for s, rows in made.by_slot(good).items()
                 ]
                 result.frame = packer.pack(packed, table)
+            else:
+                sources, owners = list(map(index_of, good)), list(map(index_of, made.slots))
+                result.frame = packer.pack_columns(sources, owners, made.paths, made.items, table)
         except LocalStorageError as error:
             result.refused = str(error)
         result.completed = len(good)
+
+
+def _adopt(
+    children: list[Any], slot: int, parent: ItemPath, n: int, out: _Items
+) -> tuple[int, Failed | None]:
+    """Take what a fan-out made, from its ``n``-th on; return how many items, and a failure."""
+    if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, children))):
+        paths = [ItemPath((*parent, k)) for k in range(n, n + len(children))]
+        out.extend(children, [slot] * len(children), paths)
+        return len(children), None
+    made = 0
+    for k, child in enumerate(children, n):
+        if isinstance(child, WorkerBroken):
+            raise child
+        if isinstance(child, Failed):
+            return made, child
+        if child is not None:
+            made += 1
+            out.add(child, slot, ItemPath((*parent, k)))
+    return made, None
 
 
 def _travelling(rows: list[Any]) -> list[bytes]:

@@ -27,6 +27,7 @@ import itertools
 import operator
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -102,14 +103,26 @@ class FrameBuilder:
         self.indices.append(index)
         self.ends.append(self.size_bytes)
 
-    def add_column(self, indices: Sequence[int], path: ItemPath, rows: Sequence[bytes]) -> None:
-        """Add completed sources that have one row each, all of one path."""
-        ends = itertools.accumulate(map(len, rows), initial=self.size_bytes)
-        self.ends += itertools.islice(ends, 1, None)
+    def add_columns(
+        self,
+        indices: Sequence[int],
+        owners: Sequence[int],
+        paths: Sequence[ItemPath],
+        rows: Sequence[bytes],
+    ) -> None:
+        """Add completed sources with their rows; ``owners`` says whose each row is.
+
+        Raises:
+            InternalError: The rows are not in the order of the sources.
+        """
+        if not all(map(operator.le, owners, itertools.islice(owners, 1, None))):
+            raise InternalError("rows must be added to a frame in the order of their sources")
+        ends = list(itertools.accumulate(map(len, rows), initial=self.size_bytes))
+        self.ends += [ends[bisect_right(owners, index)] for index in indices]
         self.indices += indices
         self.rows += rows
-        self.paths += itertools.repeat(path, len(rows))
-        self.size_bytes = self.ends[-1] if self.ends else 0
+        self.paths += paths
+        self.size_bytes = ends[-1]
 
     def add_counted(self, index: int, paths: Sequence[ItemPath]) -> None:
         """Add a completed source whose rows lie elsewhere and are counted, one path for each."""
@@ -166,7 +179,8 @@ def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
     first = paths[0]
     if paths.count(first) == len(paths):
         return b"=" + encode_path(first).encode()
-    return b"z" + zlib.compress("\n".join(map(encode_path, paths)).encode(), 1)
+    texts = {path: encode_path(path) for path in set(paths)}
+    return b"z" + zlib.compress("\n".join(map(texts.__getitem__, paths)).encode(), 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,15 @@ class Packer(Protocol):
             LocalStorageError: The node-local disk is full or failing.
         """
 
-    def pack_column(
-        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    def pack_columns(
+        self,
+        sources: Sequence[int],
+        owners: Sequence[int],
+        paths: Sequence[ItemPath],
+        rows: Sequence[Any],
+        table: Any = None,
     ) -> bytes:
-        """Return the frame of sources that have one row each, all of one path, and no files."""
+        """Return the frame of sources without files; ``owners`` says whose each row is."""
 
 
 class RowsPacker:
@@ -121,13 +126,18 @@ class RowsPacker:
                 frame.add_files(source.source_id, source.files)
         return self._build(frame)
 
-    def pack_column(
-        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    def pack_columns(
+        self,
+        sources: Sequence[int],
+        owners: Sequence[int],
+        paths: Sequence[ItemPath],
+        rows: Sequence[Any],
+        table: Any = None,
     ) -> bytes:
-        """Return the frame of sources that have one row each."""
+        """Return the frame of sources without files."""
         del table
         frame = FrameBuilder()
-        frame.add_column(sources, path, rows)
+        frame.add_columns(sources, owners, paths, rows)
         return self._build(frame)
 
     def _build(self, frame: FrameBuilder) -> bytes:
@@ -223,12 +233,19 @@ class ParquetPacker:
         blob = Blob(PARQUET, name, 0, len(pages), crc, len(frame.paths), footer)
         return frame.build(blob)
 
-    def pack_column(
-        self, sources: Sequence[int], path: ItemPath, rows: Sequence[Any], table: Any = None
+    def pack_columns(
+        self,
+        sources: Sequence[int],
+        owners: Sequence[int],
+        paths: Sequence[ItemPath],
+        rows: Sequence[Any],
+        table: Any = None,
     ) -> bytes:
-        """Return the frame of sources that have one row or table each."""
-        made = zip(sources, rows, strict=True)
-        return self.pack([Packed(source, "", [(path, row)]) for source, row in made], table)
+        """Return the frame of sources without files."""
+        made: dict[int, list[tuple[ItemPath, Any]]] = {source: [] for source in sources}
+        for owner, path, row in zip(owners, paths, rows, strict=True):
+            made[owner].append((path, row))
+        return self.pack([Packed(source, "", found) for source, found in made.items()], table)
 
     def _table(self, values: Sequence[Any]) -> Any:
         """Return values as one table of the attempt's schema.

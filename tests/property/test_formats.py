@@ -60,6 +60,16 @@ def test_a_frame_is_decoded_as_built(chunk) -> None:
     assert [path for i in sorted(chunk) for path, _ in chunk[i]] == found.paths()
 
 
+@given(chunks)
+def test_a_frame_is_the_same_added_by_columns(chunk) -> None:
+    """Whose each row is says as much as the rows of each source."""
+    builder, sources = FrameBuilder(), sorted(chunk)
+    owners = [index for index in sources for _ in chunk[index]]
+    made = [row for index in sources for row in chunk[index]]
+    builder.add_columns(sources, owners, [path for path, _ in made], [row for _, row in made])
+    assert build(chunk) == builder.build()
+
+
 @given(st.lists(chunks, max_size=4), st.lists(failures, max_size=3))
 def test_a_segment_is_decoded_as_encoded(all_chunks, records) -> None:
     """Any frames and failures come back, and the bitmap is the union of the frames."""

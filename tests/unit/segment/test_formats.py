@@ -131,6 +131,12 @@ def test_sources_out_of_order_are_refused(indices: tuple[int, ...]) -> None:
         builder.build()
 
 
+def test_rows_out_of_order_are_refused() -> None:
+    """So are rows whose owners are in another order than the sources."""
+    with pytest.raises(InternalError, match="order of their sources"):
+        FrameBuilder().add_columns([1, 2], [2, 1], [ROOT, ROOT], [row(2), row(1)])
+
+
 def test_the_count_of_a_frame_is_checked_first() -> None:
     """`check_frame` gives the number of sources, `frame_bitmap` which ones."""
     data = frame([4, 7, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcresume.errors import RowError
-from hpcresume.sinks.rows import encode_row
+from hpcresume.sinks.rows import encode_lines, encode_row
 
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -33,6 +34,8 @@ def test_json_values_come_back_on_one_line(value: Any) -> None:
     row = encode_row(value)
     assert b"\n" not in row
     assert value == json.loads(row)
+    with contextlib.suppress(RowError):  # integers of any size are for encode_row
+        assert [row + b"\n"] * 2 == encode_lines([value, value])
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
@@ -42,6 +45,8 @@ def test_numbers_without_a_json_form_are_refused(number: float, wrap: Any, besid
     """NaN and infinity are refused wherever they are, never written as null."""
     with pytest.raises(RowError):
         encode_row([beside, wrap(number)])
+    with pytest.raises(RowError):
+        encode_lines([1, [beside, wrap(number)]])
 
 
 def test_null_is_a_value() -> None:
@@ -54,6 +59,7 @@ def test_rows_hold_no_more_than_their_bytes() -> None:
     tracemalloc.start()
     try:
         rows = [encode_row({"k": k}) for k in range(1000)]
+        rows += encode_lines([{"k": k} for k in range(1000)])
         assert tracemalloc.get_traced_memory()[0] < 200 * len(rows)
     finally:
         tracemalloc.stop()
