@@ -402,7 +402,7 @@ class _Call:
             self.passed[number + 1].append((slot,))
         else:
             self._note_passed(number, (slot,))
-        if isinstance(values, GeneratorType):
+        if isinstance(values, GeneratorType) and values.gi_frame is not None:
             # Its own clean-up is the user's code too.
             self._guarded(number, slot, values.close, timeout_s=left)
 
