@@ -6,6 +6,7 @@ to: they may be in other calls, and must not mix with those of the next try.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 from array import array
@@ -52,6 +53,8 @@ class Assembly:
         self._rows: dict[int, list[tuple[ItemPath, bytes]]] = defaultdict(list)
         self._files: dict[int, list[tuple[ItemPath, str]]] = defaultdict(list)
         self._done: dict[int, str] = {}
+        # Calls that completed their sources with one row each: most of them.
+        self._columns: list[tuple[array[int], ItemPath, list[bytes]]] = []
         self._done_bytes = 0
         self.completed = 0
 
@@ -142,13 +145,14 @@ class Assembly:
         if not is_last:
             ids = list(map(self._ids.__getitem__, sources))
             return Inputs(sources, ids=ids, paths=[path] * len(sources), items=values)
-        self._rows.update(zip(sources, ([(path, row)] for row in values), strict=True))
-        self._done.update(zip(sources, map(self._ids.pop, sources), strict=True))
+        if self._files and not self._files.keys().isdisjoint(sources):
+            self._rows.update(zip(sources, ([(path, row)] for row in values), strict=True))
+            self._done.update(zip(sources, map(self._ids.pop, sources), strict=True))
+        else:
+            collections.deque(map(self._ids.__delitem__, sources), maxlen=0)
+            self._columns.append((sources, path, values))
         self._ended += map(self._admitted.pop, sources)
-        self._done_bytes += sum(map(len, values))
-        self.completed += len(sources)
-        if self._done_bytes >= self._packer.frame_bytes or len(self._done) >= self._max_sources:
-            self.flush()
+        self._note_done(len(sources), sum(map(len, values)))
         self._note_pace()
         return Inputs(array("I"), ids=[], paths=[], items=[])
 
@@ -160,6 +164,9 @@ class Assembly:
 
     def flush(self) -> None:
         """Hand on what has completed so far."""
+        self._done_bytes = 0
+        if self._columns:
+            self._flush_columns()
         if not self._done:
             return
         packed = [
@@ -172,8 +179,19 @@ class Assembly:
             )
             for source in sorted(self._done)
         ]
-        self._done, self._done_bytes = {}, 0
+        self._done = {}
         self._tell(self._packer.pack(packed), len(packed))
+
+    def _flush_columns(self) -> None:
+        # Several workers answer in any order.
+        columns, self._columns = sorted(self._columns, key=lambda column: column[0][0]), []
+        sources = [source for column, _, _ in columns for source in column]
+        paths = [path for column, path, _ in columns for _ in column]
+        rows = [row for _, _, values in columns for row in values]
+        if sources != sorted(sources):
+            made = sorted(zip(sources, paths, rows, strict=True))
+            sources, paths, rows = (list(column) for column in zip(*made, strict=True))
+        self._tell(self._packer.pack_columns(sources, sources, paths, rows), len(sources))
 
     def _is_current(self, inputs: Inputs, slot: int) -> bool:
         source = inputs.sources[slot]
@@ -211,9 +229,13 @@ class Assembly:
     def _complete(self, source: int) -> None:
         self._done[source] = self._ids.pop(source)
         self._ended.append(self._admitted.pop(source))
-        self._done_bytes += sum(len(row) for _, row in self._rows.get(source, ()))
-        self.completed += 1
-        if self._done_bytes >= self._packer.frame_bytes or len(self._done) >= self._max_sources:
+        self._note_done(1, sum(len(row) for _, row in self._rows.get(source, ())))
+
+    def _note_done(self, sources: int, size_bytes: int) -> None:
+        self._done_bytes += size_bytes
+        self.completed += sources
+        done = len(self._done) + sum(len(column) for column, _, _ in self._columns)
+        if self._done_bytes >= self._packer.frame_bytes or done >= self._max_sources:
             self.flush()
 
 

@@ -118,7 +118,10 @@ class FrameBuilder:
         if not all(map(operator.le, owners, itertools.islice(owners, 1, None))):
             raise InternalError("rows must be added to a frame in the order of their sources")
         ends = list(itertools.accumulate(map(len, rows), initial=self.size_bytes))
-        self.ends += [ends[bisect_right(owners, index)] for index in indices]
+        if list(owners) == list(indices):
+            self.ends += ends[1:]
+        else:
+            self.ends += [ends[bisect_right(owners, index)] for index in indices]
         self.indices += indices
         self.rows += rows
         self.paths += paths

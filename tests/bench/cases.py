@@ -199,7 +199,7 @@ class Bench:
         return [*cases, repeated(cases[2], "Ray, " + TASKS, ">= 50")]
 
     def _handover(self) -> list[Case]:
-        group, rate, n = "unfused second stage", "sources/s", self.sizes.fan
+        group, rate, n = "unfused second stage", "sources/s", self.sizes.many
         return [
             Case("Ray pools, one to the other", group, rate, self._peer("ray_pool", n, "handover")),
             Case(
