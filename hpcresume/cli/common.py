@@ -107,8 +107,9 @@ def emit_json(values: Mapping[str, Any]) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print one line for people."""
-    click.echo(text, err=err)
+    """Print one line for people, above a bar if there is one."""
+    # A bar takes the place of `sys.stderr`, which click's own `echo` would go past.
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def finish(exit_code: int) -> NoReturn:

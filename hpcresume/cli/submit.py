@@ -305,12 +305,13 @@ def _sum(tasks: Mapping[int, TaskProgress]) -> tuple[int, int, str]:
     values = list(tasks.values())
     done = sum(task.committed + task.quarantined for task in values)
     left = sum(task.left for task in values)
-    state = f"{human_count(sum(task.in_flight for task in values))} running"
+    running = sum(task.in_flight for task in values)
     failing = sum(task.failing for task in values)
     quarantined = sum(task.quarantined for task in values)
+    parts = [f"{running:,} running"] if running else []
     if failing or quarantined:
-        state += f", {failing:,} failing, {quarantined:,} quarantined"
-    return done, left, state
+        parts += [f"{failing:,} failing", f"{quarantined:,} quarantined"]
+    return done, left, ", ".join(parts)
 
 
 def _log_lines() -> Callable[[dict[int, TaskProgress]], None]:
@@ -324,7 +325,8 @@ def _log_lines() -> Callable[[dict[int, TaskProgress]], None]:
         said = now
         done, left, state = _sum(tasks)
         rate = human_rate(done / max(now - start, 1e-9))
-        say(f"{done:,} done, {left:,} left, {state}, {rate}", err=True)
+        parts = [f"{done:,} done", f"{left:,} left", state, rate]
+        say(", ".join(filter(None, parts)), err=True)
 
     return line
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -188,6 +190,41 @@ def test_the_terminal_is_closed(desk: Desk) -> None:
     assert code in (85, 129)
     found = json.loads(desk.call("status", "run", "--json").out)
     assert ("interrupted", len(lines(calls))) == (found["state"], found["sources"]["completed"])
+
+
+def test_lines_stand_above_the_bar(desk: Desk) -> None:
+    """On a terminal what is said while the bar moves has a line of its own."""
+    write_fan(desk.path)
+    given = (
+        "fan.py",
+        "--run-dir",
+        "run",
+        "-P",
+        "n=60",
+        "-P",
+        "ms=20",
+        "-P",
+        f"calls={desk.path}/c",
+    )
+    command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), *given)
+    terminal, side = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=desk.path, stdin=side, stdout=side, stderr=side,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(side)
+    shown = b""
+    try:
+        # Linux says EIO where others say that this is the end.
+        with contextlib.suppress(OSError):
+            while part := os.read(terminal, 1 << 16):
+                shown += part
+        assert 0 == process.wait(timeout=60), shown
+    finally:
+        kill_family(process.pid)
+        os.close(terminal)
+    assert b"done in this round" in shown
+    assert re.search(rb"(?:\n|\r|\x1b\[2K)round 0  ", shown), shown
 
 
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
