@@ -106,6 +106,11 @@ class Inputs:
             weight,
         )
 
+    def in_order(self) -> Inputs:
+        """Return the items in the order of their sources."""
+        order = sorted(range(len(self)), key=self.sources.__getitem__)
+        return self if order == list(range(len(self))) else self.select(order)
+
     def total_weight(self) -> float:
         """Return the sum of the sources' weights."""
         return len(self) if self.weight is None else self.weight

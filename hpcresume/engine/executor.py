@@ -332,7 +332,9 @@ class Executor:
             parts.append(part)
             room -= len(part)
             size_bytes += part.size_bytes()
-        return Chunk(Inputs.concat(parts), state.group.number)
+        inputs = Inputs.concat(parts)
+        # Frames need the order of the sources; what comes back after a death has its own.
+        return Chunk(inputs.in_order() if state.group.number == 0 else inputs, state.group.number)
 
     def _may_admit(self) -> bool:
         if self._stopping or self._holding:

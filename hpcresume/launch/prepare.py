@@ -16,7 +16,6 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +202,9 @@ def _fill(run: RunDir, loaded: LoadedPipeline) -> Prepared:
 
 
 def _version() -> str:
+    # Only a new run asks, and this import is a tenth of what a command has to load.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("hpcresume")
     except PackageNotFoundError:

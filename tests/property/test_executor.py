@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hpcresume as hr
@@ -177,7 +177,16 @@ def make_kills(case: dict[str, Any]) -> Any:
     return kills
 
 
+OUT_OF_ORDER = {
+    "stages": [("batch", 1, True)], "n": 17, "flaky": set(), "poison": set(), "killers": set(),
+    "hungry": {8, 9, 13}, "outside": 1, "workers": 1, "chunk_max": 4, "waiting_max": 1,
+    "weights": {}, "ran": {8: 0.5}, "left": None, "seconds": 1e-3, "seed": 0,
+}  # fmt: skip
+"""Sources 14 to 16 and 10 wait beside each other after deaths, and come into one call."""
+
+
 @settings(max_examples=150, deadline=None)
+@example(case=OUT_OF_ORDER)
 @given(case=pipelines())
 def test_every_source_ends_as_the_model_says(case: dict[str, Any]) -> None:
     """
