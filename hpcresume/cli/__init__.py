@@ -24,6 +24,7 @@ from hpcresume.errors import EXIT_INTERRUPTED, HpcResumeError, InternalError
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 EXIT_HANGUP = 128 + signal.SIGHUP
+_OUTPUTS = (1, 2)
 
 # Help texts stand here so that `hpcresume --help` imports no command.
 COMMANDS = {
@@ -120,11 +121,17 @@ def _guarded(ctx: click.Context, invoke: Callable[[click.Context], Any]) -> Any:
         click.echo(f"error: {error}", err=True)
         ctx.exit(error.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.EIO and _forget_terminal():
-            ctx.exit(EXIT_HANGUP)
+        if _is_hangup(error):
+            raise
         _report_bug(error)
         ctx.exit(InternalError.exit_code)
     return result
+
+
+def _is_hangup(error: Exception) -> bool:
+    """Tell whether a command has failed to write to a terminal that is gone."""
+    is_io = isinstance(error, OSError) and error.errno == errno.EIO
+    return is_io and any(map(_is_gone, _OUTPUTS))
 
 
 def _report_bug(error: Exception) -> None:
@@ -134,14 +141,6 @@ def _report_bug(error: Exception) -> None:
         "pipeline. Published results are not affected. Report it with the traceback above.",
         err=True,
     )
-
-
-def _forget_terminal() -> bool:
-    """Write to nowhere instead of to a terminal that has gone; False: none has."""
-    gone = [fd for fd in (1, 2) if _is_gone(fd)]
-    for fd in gone:
-        _forget(fd)
-    return bool(gone)
 
 
 def _is_gone(fd: int) -> bool:
@@ -193,5 +192,12 @@ def cli(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    cli.main(prog_name="hpcresume")
+    try:
+        cli.main(prog_name="hpcresume")
+    except OSError as error:
+        if not _is_hangup(error):
+            raise
+        for fd in filter(_is_gone, _OUTPUTS):
+            _forget(fd)
+        sys.exit(EXIT_HANGUP)
     sys.exit(0)

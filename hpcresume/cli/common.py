@@ -108,8 +108,12 @@ def emit_json(values: Mapping[str, Any]) -> None:
 
 def say(text: str, *, err: bool = False) -> None:
     """Print one line for people, above a bar if there is one."""
-    # A bar takes the place of `sys.stderr`, which click's own `echo` would go past.
-    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+    if not err:
+        click.echo(text)
+    elif sys.stderr is not None:
+        # A bar takes the place of `sys.stderr`, which `click.echo` would go past.
+        shown = text if sys.stderr.isatty() else click.unstyle(text)
+        print(shown, file=sys.stderr, flush=True)
 
 
 def finish(exit_code: int) -> NoReturn:

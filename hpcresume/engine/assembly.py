@@ -55,7 +55,7 @@ class Assembly:
         self._done: dict[int, str] = {}
         # Calls that completed their sources with one row each: most of them.
         self._columns: list[tuple[array[int], ItemPath, list[bytes]]] = []
-        self._done_bytes = 0
+        self._done_sources = self._done_bytes = 0
         self.completed = 0
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class Assembly:
 
     def flush(self) -> None:
         """Hand on what has completed so far."""
-        self._done_bytes = 0
+        self._done_sources = self._done_bytes = 0
         if self._columns:
             self._flush_columns()
         if not self._done:
@@ -232,10 +232,11 @@ class Assembly:
         self._note_done(1, sum(len(row) for _, row in self._rows.get(source, ())))
 
     def _note_done(self, sources: int, size_bytes: int) -> None:
+        self._done_sources += sources
         self._done_bytes += size_bytes
         self.completed += sources
-        done = len(self._done) + sum(len(column) for column, _, _ in self._columns)
-        if self._done_bytes >= self._packer.frame_bytes or done >= self._max_sources:
+        is_full = self._done_bytes >= self._packer.frame_bytes
+        if is_full or self._done_sources >= self._max_sources:
             self.flush()
 
 

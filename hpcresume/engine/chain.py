@@ -239,11 +239,9 @@ class _Call:
     def _slices(self) -> Iterator[_Items]:
         for start in range(0, len(self.inputs), SLICE_ITEMS):
             slots = list(range(start, min(start + SLICE_ITEMS, len(self.inputs))))
-            paths = self.inputs.paths
-            items = _Items(
-                self._read(slots), slots, [ROOT] * len(slots) if paths is None else paths[start:]
-            )
-            yield self._without_failed(items)
+            known = self.inputs.paths
+            paths = [ROOT] * len(slots) if known is None else known[start : start + SLICE_ITEMS]
+            yield self._without_failed(_Items(self._read(slots), slots, paths))
 
     def _read(self, slots: list[int]) -> list[Any]:
         """Return the items in some slots; those that cannot be had fail."""

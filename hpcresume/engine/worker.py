@@ -82,6 +82,7 @@ class StageWorker:
             return str(error)
         children.record(self._setup.mark)
         # What Ray and the stages' modules hold stays; the collector need not look at it again.
+        gc.collect()
         gc.freeze()
         return None
 

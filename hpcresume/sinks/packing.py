@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import google_crc32c
 
-from hpcresume.errors import LocalStorageError, RowError
+from hpcresume.errors import InternalError, LocalStorageError, RowError
 from hpcresume.ids import ItemPath
 from hpcresume.segment.frame import JSONL, PARQUET, Blob, FrameBuilder
 from hpcresume.segment.parquet_footer import split
@@ -242,6 +242,8 @@ class ParquetPacker:
         table: Any = None,
     ) -> bytes:
         """Return the frame of sources without files."""
+        if list(owners) != sorted(owners):
+            raise InternalError("rows must be packed in the order of their sources")
         made: dict[int, list[tuple[ItemPath, Any]]] = {source: [] for source in sources}
         for owner, path, row in zip(owners, paths, rows, strict=True):
             made[owner].append((path, row))

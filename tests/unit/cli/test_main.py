@@ -12,7 +12,7 @@ import click
 import pytest
 
 import hpcresume.cli as cli_module
-from hpcresume.cli.common import human_bytes, human_count, human_duration, human_rate, last_run
+from hpcresume.cli.common import human_bytes, human_count, human_duration, human_rate, last_run, say
 from hpcresume.errors import InternalError, LocalStorageError, UsageError
 from tests.support.runs import make_run
 
@@ -161,14 +161,22 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 def test_a_closed_terminal_ends_quietly(tmp_path):
     """A command whose terminal has gone is no bug, and does not fail over saying anything."""
     made = make_run(tmp_path, sources=3)
-    terminal, side = pty.openpty()
-    os.close(terminal)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hpcresume", "status", made.path], stdout=side, stderr=side
-    )
-    os.close(side)
+    # The last two are an error, and bad usage, which are said there too.
+    for words in (["status", made.path], ["status", str(tmp_path)], ["status", "--nosuch"]):
+        terminal, side = pty.openpty()
+        os.close(terminal)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpcresume", *words], stdout=side, stderr=side
+        )
+        os.close(side)
+        assert 129 == process.wait(timeout=60), words
 
-    assert 129 == process.wait(timeout=60)
+
+def test_without_stderr_nothing_is_said(monkeypatch, capsys):
+    """After `2>&-` what is for people does not mix with data."""
+    monkeypatch.setattr(sys, "stderr", None)
+    say("for people", err=True)
+    assert "" == capsys.readouterr().out
 
 
 def test_the_real_command_reports_a_wrong_directory(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import hpcresume as hr
-from hpcresume.engine.chain import Chain
+from hpcresume.engine.chain import SLICE_ITEMS, Chain
 from hpcresume.errors import StageStartError
 from tests.unit.engine.chains import (
     ChainCase,
@@ -579,6 +579,22 @@ def test_later_group_keeps_paths(case: ChainCase) -> None:
     result = call(last, items([(5, (0,), 1), (5, (1,), 2), (6, (0,), 3)]))
     assert {0: [((0, 0), b"1\n")], 2: [((0, 0), b"3\n")]} == result.rows
     assert "s5/fan.1" == failed(result)[1].item
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_call_longer_than_a_slice(case: ChainCase, *, marked: bool) -> None:
+    """A later group's call of many items takes them slice by slice, whatever fails."""
+
+    def picky(x: int) -> int:
+        if x == 1:
+            raise ValueError(x)
+        return x
+
+    n = SLICE_ITEMS + 5
+    given = items([(source, (0,), source) for source in range(n)])
+    result = call(case.make([one, picky], first=1), given, marked=marked)
+    assert [1] == list(failed(result))
+    assert {s: [((0, 0), b"%d\n" % s)] for s in range(n) if s != 1} == result.rows
 
 
 def test_no_sink_keeps_no_rows(case: ChainCase) -> None:
