@@ -73,12 +73,18 @@ LEVELS = {
 }  # fmt: skip
 """Processes of an attempt by what their command line holds."""
 CALM_S = 900.0
+ORPHANS_S = 120.0
 _REMOVAL = re.compile(r"^unlink .*/seg-[^/]*$")
 
 
 @dataclass
 class Tally:
-    """What happened, and what came of it."""
+    """What happened, and what came of it.
+
+    Attributes:
+        left_on_nodes: Directories of attempts that were killed whole, on nodes that their run
+            did not use again; only an attempt of the same run sweeps them.
+    """
 
     faults: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -89,10 +95,11 @@ class Tally:
     unfinished: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    left_on_nodes: int = 0
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing was lost, doubled, changed or left behind."""
+        """Whether nothing was lost, doubled or changed, and nothing runs on."""
         bad = (self.rows_lost, self.rows_doubled, self.unfinished, self.changed, self.orphans)
         return not any(bad)
 
@@ -110,6 +117,7 @@ class Tally:
             "runs_unfinished": self.unfinished,
             "published_files_changed": self.changed,
             "orphans": self.orphans,
+            "directories_left_on_nodes": self.left_on_nodes,
         }
 
     def table(self) -> str:
@@ -469,25 +477,18 @@ class Soak:
         self.tally.changed += [v for v in seen if v not in self.tally.changed]
 
     def _count_orphans(self) -> None:
-        """Count what is left once a last run has given every node the chance to sweep."""
-        deadline = time.monotonic() + CALM_S
-        while time.monotonic() < deadline:
-            self._sweep()
-            self.tally.orphans = list(self._orphans())
-            if not self.tally.orphans:
-                return
-            time.sleep(2)
+        """Count what is left once everything has had the time to end."""
+        deadline = time.monotonic() + ORPHANS_S
+        while self._has_orphans() and time.monotonic() < deadline:
+            time.sleep(1)
+        disks = map(self._bed.disk, self._bed.nodes)
+        self.tally.left_on_nodes = sum(
+            len(list(disk.glob("hpcresume-*/*/*-*-*"))) for disk in disks
+        )
 
-    def _sweep(self) -> None:
-        for node in self._bed.nodes:
-            directory = self._bed.folder("sweep")
-            write_fan(directory)
-            Command(directory, self._bed.env).run(
-                *("submit", "fan.py", "--run-dir", "run", "--engine", "inline", "--array", "1"),
-                *("-c", "1", "-P", "n=1", "--local-dir", str(self._bed.scratch), "--wait"),
-                *("--", "-w", node),
-                rc=None,
-            )
+    def _has_orphans(self) -> bool:
+        self.tally.orphans = list(self._orphans())
+        return bool(self.tally.orphans)
 
     def _orphans(self) -> Iterator[str]:
         for process in psutil.process_iter():
@@ -495,10 +496,6 @@ class Soak:
                 words = " ".join(process.cmdline())
                 if str(self._shared.path) in words and "tests.support.sharedfs" not in words:
                     yield f"process {process.pid} {words}"
-        for node in self._bed.nodes:
-            disk = self._bed.disk(node)
-            yield from (f"directory {path}" for path in disk.glob("hpcresume-*/*/*"))
-            yield from (f"directory {path}" for path in disk.glob("hr-*"))
         held = held_shm()
         yield from (
             f"shared memory {name}"
