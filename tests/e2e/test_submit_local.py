@@ -173,7 +173,8 @@ def test_the_terminal_is_closed(desk: Desk) -> None:
     command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), *given)
     terminal, side = pty.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", *command, "--sync-interval", "600"],
+        # These tests may run under nohup, which this command must not.
+        ["env", "--default-signal=HUP", "setsid", "--ctty", *command, "--sync-interval", "600"],
         cwd=desk.path, stdin=side, stdout=side, stderr=side,
     )  # fmt: skip
     os.close(side)
