@@ -19,7 +19,7 @@ from hpcresume.errors import LocalStorageError
 RAY_TIMEOUT_S = 120.0
 
 # Ray's own client retries for 20 s before it says that it was refused; this one says so at once.
-_STRANGER = """
+STRANGER = """
 import sys
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
@@ -82,7 +82,7 @@ def check_ray(
 def _stranger(address: str, *, timeout_s: float) -> Check:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     stranger = subprocess.Popen(
-        [sys.executable, "-c", _STRANGER, address],
+        [sys.executable, "-c", STRANGER, address],
         env={**environment, "RAY_AUTH_MODE": "disabled"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -6,7 +6,6 @@ to: they may be in other calls, and must not mix with those of the next try.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 from array import array
@@ -17,6 +16,7 @@ from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.pace import Pace
 from hpcresume.ids import ROOT, ItemPath
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
+from hpcresume.segment.frame import Columns
 from hpcresume.sinks.packing import Packed, Packer
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,11 @@ class Assembly:
     def _take_column(
         self, inputs: Inputs, path: ItemPath, values: list[bytes], *, is_last: bool
     ) -> Inputs | None:
-        """Record a call that made one item of each of its own; None where that is not all."""
+        """
+        Record a call that made one item of each of its own; None where that is not all.
+
+        Sources that have files are no chains: calls that made some are recorded item by item.
+        """
         sources = inputs.sources
         items = {ROOT} if inputs.paths is None else set(inputs.paths)
         if len(items) != 1 or inputs.attempts or not self._failed.isdisjoint(sources):
@@ -145,12 +149,9 @@ class Assembly:
         if not is_last:
             ids = list(map(self._ids.__getitem__, sources))
             return Inputs(sources, ids=ids, paths=[path] * len(sources), items=values)
-        if self._files and not self._files.keys().isdisjoint(sources):
-            self._rows.update(zip(sources, ([(path, row)] for row in values), strict=True))
-            self._done.update(zip(sources, map(self._ids.pop, sources), strict=True))
-        else:
-            collections.deque(map(self._ids.__delitem__, sources), maxlen=0)
-            self._columns.append((sources, path, values))
+        for source in sources:
+            del self._ids[source]
+        self._columns.append((sources, path, values))
         self._ended += map(self._admitted.pop, sources)
         self._note_done(len(sources), sum(map(len, values)))
         self._note_pace()
@@ -191,7 +192,8 @@ class Assembly:
         if sources != sorted(sources):
             made = sorted(zip(sources, paths, rows, strict=True))
             sources, paths, rows = (list(column) for column in zip(*made, strict=True))
-        self._tell(self._packer.pack_columns(sources, sources, paths, rows), len(sources))
+        frame = self._packer.pack_columns(Columns(sources, sources, paths, rows))
+        self._tell(frame, len(sources))
 
     def _is_current(self, inputs: Inputs, slot: int) -> bool:
         source = inputs.sources[slot]

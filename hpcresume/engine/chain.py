@@ -49,6 +49,7 @@ from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.pipeline.sentinels import Failed, Many, WorkerBroken
 from hpcresume.pipeline.sources import Indexed, decode_payload
 from hpcresume.pipeline.stage import Stage
+from hpcresume.segment.frame import Columns
 from hpcresume.segment.segment import StageCount
 from hpcresume.sinks.packing import Packed
 
@@ -730,7 +731,8 @@ class _Call:
                 result.frame = packer.pack(packed, table)
             else:
                 sources, owners = list(map(index_of, good)), list(map(index_of, made.slots))
-                result.frame = packer.pack_columns(sources, owners, made.paths, made.items, table)
+                columns = Columns(sources, owners, made.paths, made.items)
+                result.frame = packer.pack_columns(columns, table)
         except LocalStorageError as error:
             result.refused = str(error)
         result.completed = len(good)

@@ -30,6 +30,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import google_crc32c
 import msgspec
@@ -80,6 +81,31 @@ class Blob(msgspec.Struct, frozen=True, array_like=True):
 _BLOB = msgspec.msgpack.Decoder(Blob)
 
 
+class Columns(NamedTuple):
+    """Completed sources without files, and their rows, column by column.
+
+    Attributes:
+        sources: Their indices, in order.
+        owners: Index of the source of each row, in the same order.
+        paths: Path of each row, in item order within a source.
+        rows: The rows, as their sink has them.
+    """
+
+    sources: Sequence[int]
+    owners: Sequence[int]
+    paths: Sequence[ItemPath]
+    rows: Sequence[Any]
+
+    def check(self) -> None:
+        """Refuse rows that would be given to the wrong sources.
+
+        Raises:
+            InternalError: They are not in the order of the sources.
+        """
+        if not all(map(operator.le, self.owners, itertools.islice(self.owners, 1, None))):
+            raise InternalError("rows must be added to a frame in the order of their sources")
+
+
 @dataclass(slots=True)
 class FrameBuilder:
     """Collects completed sources; :meth:`build` gives the frame.
@@ -103,20 +129,14 @@ class FrameBuilder:
         self.indices.append(index)
         self.ends.append(self.size_bytes)
 
-    def add_columns(
-        self,
-        indices: Sequence[int],
-        owners: Sequence[int],
-        paths: Sequence[ItemPath],
-        rows: Sequence[bytes],
-    ) -> None:
-        """Add completed sources with their rows; ``owners`` says whose each row is.
+    def add_columns(self, columns: Columns) -> None:
+        """Add completed sources with their rows.
 
         Raises:
             InternalError: The rows are not in the order of the sources.
         """
-        if not all(map(operator.le, owners, itertools.islice(owners, 1, None))):
-            raise InternalError("rows must be added to a frame in the order of their sources")
+        columns.check()
+        indices, owners, paths, rows = columns
         ends = list(itertools.accumulate(map(len, rows), initial=self.size_bytes))
         if list(owners) == list(indices):
             self.ends += ends[1:]

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import google_crc32c
 
-from hpcresume.errors import InternalError, LocalStorageError, RowError
+from hpcresume.errors import LocalStorageError, RowError
 from hpcresume.ids import ItemPath
-from hpcresume.segment.frame import JSONL, PARQUET, Blob, FrameBuilder
+from hpcresume.segment.frame import JSONL, PARQUET, Blob, Columns, FrameBuilder
 from hpcresume.segment.parquet_footer import split
 from hpcresume.sinks.rows import encode_lines, encode_row
 
@@ -87,15 +87,8 @@ class Packer(Protocol):
             LocalStorageError: The node-local disk is full or failing.
         """
 
-    def pack_columns(
-        self,
-        sources: Sequence[int],
-        owners: Sequence[int],
-        paths: Sequence[ItemPath],
-        rows: Sequence[Any],
-        table: Any = None,
-    ) -> bytes:
-        """Return the frame of sources without files; ``owners`` says whose each row is."""
+    def pack_columns(self, columns: Columns, table: Any = None) -> bytes:
+        """Return the frame of some sources, as :meth:`pack` does."""
 
 
 class RowsPacker:
@@ -126,18 +119,11 @@ class RowsPacker:
                 frame.add_files(source.source_id, source.files)
         return self._build(frame)
 
-    def pack_columns(
-        self,
-        sources: Sequence[int],
-        owners: Sequence[int],
-        paths: Sequence[ItemPath],
-        rows: Sequence[Any],
-        table: Any = None,
-    ) -> bytes:
+    def pack_columns(self, columns: Columns, table: Any = None) -> bytes:
         """Return the frame of sources without files."""
         del table
         frame = FrameBuilder()
-        frame.add_columns(sources, owners, paths, rows)
+        frame.add_columns(columns)
         return self._build(frame)
 
     def _build(self, frame: FrameBuilder) -> bytes:
@@ -233,19 +219,11 @@ class ParquetPacker:
         blob = Blob(PARQUET, name, 0, len(pages), crc, len(frame.paths), footer)
         return frame.build(blob)
 
-    def pack_columns(
-        self,
-        sources: Sequence[int],
-        owners: Sequence[int],
-        paths: Sequence[ItemPath],
-        rows: Sequence[Any],
-        table: Any = None,
-    ) -> bytes:
+    def pack_columns(self, columns: Columns, table: Any = None) -> bytes:
         """Return the frame of sources without files."""
-        if list(owners) != sorted(owners):
-            raise InternalError("rows must be packed in the order of their sources")
-        made: dict[int, list[tuple[ItemPath, Any]]] = {source: [] for source in sources}
-        for owner, path, row in zip(owners, paths, rows, strict=True):
+        columns.check()
+        made: dict[int, list[tuple[ItemPath, Any]]] = {source: [] for source in columns.sources}
+        for owner, path, row in zip(columns.owners, columns.paths, columns.rows, strict=True):
             made[owner].append((path, row))
         return self.pack([Packed(source, "", found) for source, found in made.items()], table)
 

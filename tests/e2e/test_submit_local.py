@@ -196,17 +196,7 @@ def test_the_terminal_is_closed(desk: Desk) -> None:
 def test_lines_stand_above_the_bar(desk: Desk) -> None:
     """On a terminal what is said while the bar moves has a line of its own."""
     write_fan(desk.path)
-    given = (
-        "fan.py",
-        "--run-dir",
-        "run",
-        "-P",
-        "n=60",
-        "-P",
-        "ms=20",
-        "-P",
-        f"calls={desk.path}/c",
-    )
+    given = ("fan.py", "--run-dir", "run", "-Pn=60", "-Pms=20", f"-Pcalls={desk.path}/calls")
     command = Command(desk.path).argv("submit", *INLINE, "--local-dir", str(desk.local), *given)
     terminal, side = pty.openpty()
     process = subprocess.Popen(

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hpcresume.doctor.ray_head import STRANGER
 from tests.support.cli import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
@@ -111,6 +112,7 @@ import json, logging, os, sys, tempfile, time
 from pathlib import Path
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # Ray prints its workers' output
+from hpcresume.doctor.ray_head import STRANGER
 from hpcresume.engine.ray_environment import prepare_environment
 prepare_environment()
 import psutil
@@ -329,20 +331,6 @@ def test_server_of_a_dead_worker_ends_with_it(host: Host) -> None:
         ]
 
     wait_until(lambda: not servers(), timeout_s=20, describe=lambda: str(servers()))
-
-
-# What `ray.init` asks first; that tries again for a minute before it says so.
-STRANGER = """
-import sys
-from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
-try:
-    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"", timeout=30)
-except AuthenticationError:
-    print("refused")
-else:
-    print("let in")
-"""
 
 
 def test_stranger_without_the_token_is_refused(host: Host) -> None:

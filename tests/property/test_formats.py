@@ -15,7 +15,7 @@ from hpcresume.errors import CorruptDataError
 from hpcresume.ids import ItemPath
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import FORMAT_VERSION, MAGIC, encode_container, open_container
-from hpcresume.segment.frame import FrameBuilder, decode_frame
+from hpcresume.segment.frame import Columns, FrameBuilder, decode_frame
 from hpcresume.segment.segment import KIND, Failure, Writer, encode_segment, open_segment
 from tests.support.places import RUN_ID, footer_of, segment_bytes, write_file
 from tests.support.simfs import SimFileSystem
@@ -66,7 +66,8 @@ def test_a_frame_is_the_same_added_by_columns(chunk) -> None:
     builder, sources = FrameBuilder(), sorted(chunk)
     owners = [index for index in sources for _ in chunk[index]]
     made = [row for index in sources for row in chunk[index]]
-    builder.add_columns(sources, owners, [path for path, _ in made], [row for _, row in made])
+    paths, rows = [path for path, _ in made], [row for _, row in made]
+    builder.add_columns(Columns(sources, owners, paths, rows))
     assert build(chunk) == builder.build()
 
 

@@ -23,7 +23,7 @@ from hpcresume.segment.container import (
     encode_container,
     open_container,
 )
-from hpcresume.segment.frame import FrameBuilder, check_frame, decode_frame, frame_bitmap
+from hpcresume.segment.frame import Columns, FrameBuilder, check_frame, decode_frame, frame_bitmap
 from hpcresume.segment.segment import Segment, Writer, open_segment
 from tests.support.places import RUN_ID, Place, failure, frame, row, segment_bytes, write_file
 
@@ -134,7 +134,7 @@ def test_sources_out_of_order_are_refused(indices: tuple[int, ...]) -> None:
 def test_rows_out_of_order_are_refused() -> None:
     """So are rows whose owners are in another order than the sources."""
     with pytest.raises(InternalError, match="order of their sources"):
-        FrameBuilder().add_columns([1, 2], [2, 1], [ROOT, ROOT], [row(2), row(1)])
+        FrameBuilder().add_columns(Columns([1, 2], [2, 1], [ROOT, ROOT], [row(2), row(1)]))
 
 
 def test_the_count_of_a_frame_is_checked_first() -> None:
