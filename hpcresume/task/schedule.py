@@ -31,7 +31,7 @@ class Schedule:
         self.damaged = False
         self._seq = 0
         self._ordered_at: float | None = None
-        self._published_at = 0.0
+        self._age_from: float | None = None
         self._unpublished_since: float | None = None
         self._before: int | None = None
 
@@ -42,6 +42,8 @@ class Schedule:
 
     def note_commits(self, report: Report, now: float) -> None:
         """Take note of what the driver has committed."""
+        if self._age_from is None:
+            self._age_from = now
         if report.last > self.receipt and self._unpublished_since is None:
             self._unpublished_since = now
 
@@ -54,10 +56,11 @@ class Schedule:
             return True
         if sync.max_records and report.committed - self.sources >= sync.max_records:
             return True
-        if self._seq == 0:
-            since = self._unpublished_since
-            return since is not None and now - since >= min(sync.first_age_s, sync.max_age_s)
-        return now - self._published_at >= sync.max_age_s
+        since = self._unpublished_since
+        if self._seq == 0 and since is not None and now - since >= sync.first_age_s:
+            return True
+        # A driver that a source blocks does not report what it has committed before.
+        return self._age_from is not None and now - self._age_from >= sync.max_age_s
 
     def begin(self, now: float) -> int:
         """Take note that a publication is ordered and return the number of its segment."""
@@ -69,7 +72,7 @@ class Schedule:
         """Take note of a publication; ``report`` is the driver's last."""
         self.receipt, self.failures = receipt.last, 0
         self.sources += receipt.sources
-        self._ordered_at, self._published_at = None, now
+        self._ordered_at, self._age_from = None, now
         more = report is not None and report.last > receipt.last
         self._unpublished_since = now if more else None
 

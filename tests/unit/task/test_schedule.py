@@ -59,6 +59,14 @@ def test_the_first_publication_with_a_short_interval() -> None:
     assert schedule.is_due(report(1), 11.0)
 
 
+@pytest.mark.parametrize(("now", "due"), [(69.9, False), (70.0, True)])
+def test_a_driver_that_reports_no_more(now: float, due: bool) -> None:
+    """What it committed since is published ``max_age_s`` after it began."""
+    schedule = Schedule(SYNC)
+    schedule.note_commits(report(0), 10.0)
+    assert due == schedule.is_due(report(0), now)
+
+
 @pytest.mark.parametrize(("now", "due"), [(159.9, False), (160.0, True)])
 def test_later_publications(published: Schedule, now: float, due: bool) -> None:
     """The next one comes ``max_age_s`` after the receipt."""
