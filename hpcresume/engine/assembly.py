@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+
+from pyroaring import BitMap
 
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.pace import Pace
-from hpcresume.ids import ROOT, ItemPath
+from hpcresume.ids import ItemPath
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
 from hpcresume.segment.frame import Columns
 from hpcresume.sinks.packing import Packed, Packer
@@ -44,12 +46,13 @@ class Assembly:
         self._packer = packer
         self._max_sources, self._tell = max_sources, completed
         self._pace, self._clock = pace, clock
-        # When a source was admitted and its weight; one entry for all sources of a call.
-        self._admitted: dict[int, tuple[float, float]] = {}
-        self._ended: list[tuple[float, float]] = []
+        # When a source was admitted, its weight, and for how many it stands: of those that
+        # were admitted in one call, the last stands for all.
+        self._admitted: dict[int, tuple[float, float, int]] = {}
+        self._standing = BitMap()
+        self._ended: list[tuple[float, float, int]] = []
         self._accounting = Accounting()
         self._failed: set[int] = set()
-        self._ids: dict[int, str] = {}
         self._rows: dict[int, list[tuple[ItemPath, bytes]]] = defaultdict(list)
         self._files: dict[int, list[tuple[ItemPath, str]]] = defaultdict(list)
         self._done: dict[int, str] = {}
@@ -64,21 +67,28 @@ class Assembly:
 
     def admit(self, inputs: Inputs) -> None:
         """Begin a try of sources; nothing of the try before it stays."""
-        entry = (self._clock(), inputs.total_weight() / max(1, len(inputs)))
-        if not inputs.attempts and self._accounting.admit_all(inputs.sources):
-            self._admitted.update(dict.fromkeys(inputs.sources, entry))
-            self._ids.update(zip(inputs.sources, inputs.source_ids(), strict=True))
+        now, count = self._clock(), len(inputs)
+        weight = inputs.total_weight() / max(1, count)
+        if not inputs.attempts and self._accounting.admit_all(BitMap(inputs.sources)):
+            self._time(inputs.sources[-1], (now, weight, count))
             return
         for slot, source in enumerate(inputs.sources):
-            self._admitted[source] = entry
+            self._time(source, (now, weight, 1))
             self._drop(source)
             self._failed.discard(source)
-            self._ids[source] = inputs.source_id(slot)
             self._accounting.admit(source, inputs.attempt(slot))
+
+    def _time(self, source: int, entry: tuple[float, float, int]) -> None:
+        self._admitted[source] = entry
+        self._standing.add(source)
+
+    def _untime(self, source: int) -> tuple[float, float, int] | None:
+        self._standing.discard(source)
+        return self._admitted.pop(source, None)
 
     def living(self, inputs: Inputs) -> Inputs:
         """Return the items without those of tries that have failed."""
-        if self._failed.isdisjoint(inputs.sources):
+        if not self._failed or self._failed.isdisjoint(inputs.sources):
             return inputs
         return inputs.select([s for s in range(len(inputs)) if self._is_current(inputs, s)])
 
@@ -92,10 +102,9 @@ class Assembly:
     def forget(self, source: int) -> None:
         """Drop a source that is not tried again."""
         self._accounting.forget(source)
-        self._admitted.pop(source, None)
+        self._untime(source)
         self._failed.discard(source)
         self._drop(source)
-        self._ids.pop(source, None)
 
     def take(self, inputs: Inputs, result: ChunkResult, *, has_rows: bool) -> Inputs:
         """Record what a call made of its items.
@@ -115,7 +124,7 @@ class Assembly:
             result = _by_slot(result, is_last=has_rows)
         failed = {failure.slot for failure in result.failures}
         self.fail(inputs, sorted(failed))
-        onward = Inputs(array("I"), ids=[], paths=[], items=[])
+        onward = Inputs(array("I"), ids=None if inputs.is_indexed else [], paths=[], items=[])
         for slot, source in enumerate(inputs.sources):
             if slot in failed or not self._is_current(inputs, slot):
                 continue
@@ -139,27 +148,26 @@ class Assembly:
 
         Sources that have files are no chains: calls that made some are recorded item by item.
         """
-        sources = inputs.sources
-        items = {ROOT} if inputs.paths is None else set(inputs.paths)
-        if len(items) != 1 or inputs.attempts or not self._failed.isdisjoint(sources):
+        sources, known, paths = inputs.sources, BitMap(inputs.sources), inputs.paths
+        item = inputs.path(0)
+        if paths is not None and paths.count(item) < len(paths):
             return None
-        item = items.pop()
-        if not self._accounting.advance_all(sources, item, None if is_last else path):
+        if inputs.attempts or len(known) < len(sources) or not self._failed.isdisjoint(known):
+            return None
+        if not self._accounting.advance_all(known, item, None if is_last else path):
             return None
         if not is_last:
-            ids = list(map(self._ids.__getitem__, sources))
+            ids = None if inputs.is_indexed else list(inputs.source_ids())
             return Inputs(sources, ids=ids, paths=[path] * len(sources), items=values)
-        for source in sources:
-            del self._ids[source]
         self._columns.append((sources, path, values))
-        self._ended += map(self._admitted.pop, sources)
+        self._ended += filter(None, map(self._untime, known & self._standing))
         self._note_done(len(sources), sum(map(len, values)))
         self._note_pace()
-        return Inputs(array("I"), ids=[], paths=[], items=[])
+        return Inputs(array("I"), paths=[], items=[])
 
     def _note_pace(self) -> None:
         ended, self._ended, now = self._ended, [], self._clock()
-        for (since, weight), count in Counter(ended).items():
+        for since, weight, count in ended:
             if weight > 0:
                 self._pace.note((now - since) / weight, count)
 
@@ -215,7 +223,7 @@ class Assembly:
         ack = Ack(source, inputs.attempt(slot), path, emitted, failed=failed)
         verdict = self._accounting.acknowledge(ack)
         if verdict is Verdict.COMPLETE:
-            self._complete(source)
+            self._complete(source, inputs.source_id(slot))
         elif verdict is Verdict.ANOMALY:
             log.error("source %d is owed again: %s", source, self._accounting.anomalies[-1][1])
             self._end_try(source)
@@ -228,9 +236,10 @@ class Assembly:
         self._rows.pop(source, None)
         self._files.pop(source, None)
 
-    def _complete(self, source: int) -> None:
-        self._done[source] = self._ids.pop(source)
-        self._ended.append(self._admitted.pop(source))
+    def _complete(self, source: int, source_id: str) -> None:
+        self._done[source] = source_id
+        entry = self._untime(source)
+        self._ended += [] if entry is None else [entry]
         self._note_done(1, sum(len(row) for _, row in self._rows.get(source, ())))
 
     def _note_done(self, sources: int, size_bytes: int) -> None:
@@ -253,13 +262,13 @@ def _by_slot(result: ChunkResult, *, is_last: bool) -> ChunkResult:
 
 
 def _append(onward: Inputs, inputs: Inputs, slot: int, *, path: ItemPath, item: bytes) -> None:
-    assert onward.ids is not None
     assert onward.paths is not None
     assert onward.items is not None
     attempt = inputs.attempt(slot)
     if attempt > 1:
         onward.attempts[len(onward)] = attempt
     onward.sources.append(inputs.sources[slot])
-    onward.ids.append(inputs.source_id(slot))
+    if onward.ids is not None:
+        onward.ids.append(inputs.source_id(slot))
     onward.paths.append(path)
     onward.items.append(item)

@@ -22,7 +22,7 @@ class Inputs:
         sources: Index of each item's source.
         records: ``(id, encoded payload)`` of each source; None where sources are made
             from their index.  Only for the first group.
-        ids: Id of each item's source.  Only for later groups.
+        ids: Id of each item's source; None where it is the index.  Only for later groups.
         attempts: Number of the try, by slot; 1 where it is not given.
         paths: Path of each item; None for the sources themselves.
         items: The items, pickled one by one; None for the first group.
@@ -96,10 +96,11 @@ class Inputs:
             return [value for part in parts for value in getattr(part, name)]
 
         weight = None if first.weight is None else sum(part.total_weight() for part in parts)
+        is_named = any(part.ids is not None for part in parts)
         return cls(
             sources,
             column("records"),
-            column("ids"),
+            [name for part in parts for name in part.source_ids()] if is_named else None,
             attempts,
             column("paths"),
             column("items"),
@@ -118,6 +119,11 @@ class Inputs:
     def attempt(self, slot: int) -> int:
         """Return the number of the try that an item belongs to."""
         return self.attempts.get(slot, 1)
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the sources are made from their index, which is their id."""
+        return self.ids is None and self.records is None
 
     def source_id(self, slot: int) -> str:
         """Return the id of an item's source."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -25,6 +26,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Sequence,
@@ -300,10 +302,13 @@ class _Call:
         stage = self.stages[number]
         if not (stage.traits.is_batch or self._is_async or self._is_guarded(stage)):
             answers = self._map(number, stage.process, items.items)
-            if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, answers))):
+            if _are_plain(answers):
                 self.counts[number].items_out += len(answers)
                 self._note_passed(number, items.slots)
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
+                return
+            if set(map(type, answers)) == {GeneratorType}:
+                await self._fan_out_all(number, items, answers)
                 return
             source = _with_positions(answers)
         elif self._is_async and len(items) == 1 and not stage.traits.is_batch:
@@ -373,6 +378,28 @@ class _Call:
             count.items_out += 1
             self._note_passed(number, (slot,))
             out.add(answer, slot, path)
+
+    async def _fan_out_all(
+        self, number: int, items: _Items, fan_outs: list[GeneratorType[Any, Any, Any]]
+    ) -> None:
+        """Draw many fan-outs one after another: most are at their end after a few items."""
+        out, count = _Items(), self.counts[number]
+        full: dict[ItemPath, ItemPath] = {}
+        for slot, path, values in zip(items.slots, items.paths, fan_outs, strict=True):
+            start = time.perf_counter()
+            children, error = ([], None) if slot in self.failures else _begin(values)
+            count.seconds += time.perf_counter() - start
+            made = len(children)
+            if error is None and 0 < made < _DRAW_ITEMS and _are_plain(children):
+                parent = full.get(path) or full.setdefault(path, self._full(path, number))
+                out.extend(children, [slot] * made, _child_paths(parent, 0, made))
+                count.items_out += made
+                self._note_passed(number, (slot,))
+            else:
+                await self._fan_out(number, slot, path, _drawn(children, error, values), out)
+            if len(out) >= self._room:
+                await self._push(number + 1, out.take())
+        await self._push(number + 1, out)
 
     async def _fan_out(
         self, number: int, slot: int, path: ItemPath, values: Iterator[Any], out: _Items
@@ -635,8 +662,10 @@ class _Call:
             self.passed[-1].append(items.slots)
             if self.chain.pipeline.sink is None:
                 return
-        full = {path: self._full(path, len(self.stages)) for path in set(items.paths)}
-        paths = list(map(full.__getitem__, items.paths))
+        paths = items.paths
+        if set(map(len, paths)) != {self.chain.first + len(self.stages)}:
+            full = {path: self._full(path, len(self.stages)) for path in set(paths)}
+            paths = list(map(full.__getitem__, paths))
         packer = self.chain.packer
         encode = packer.row if self.chain.is_last else _pickled
         with contextlib.suppress(Exception):
@@ -742,9 +771,8 @@ def _adopt(
     children: list[Any], slot: int, parent: ItemPath, n: int, out: _Items
 ) -> tuple[int, Failed | None]:
     """Take what a fan-out made, from its ``n``-th on; return how many items, and a failure."""
-    if not any(issubclass(kind, _SPECIAL) for kind in set(map(type, children))):
-        paths = [ItemPath((*parent, k)) for k in range(n, n + len(children))]
-        out.extend(children, [slot] * len(children), paths)
+    if _are_plain(children):
+        out.extend(children, [slot] * len(children), _child_paths(parent, n, len(children)))
         return len(children), None
     made = 0
     for k, child in enumerate(children, n):
@@ -756,6 +784,27 @@ def _adopt(
             made += 1
             out.add(child, slot, ItemPath((*parent, k)))
     return made, None
+
+
+def _are_plain(answers: list[Any]) -> bool:
+    """Tell whether all of a stage's answers are items as they are."""
+    return not any(issubclass(kind, _SPECIAL) for kind in set(map(type, answers)))
+
+
+def _child_paths(parent: ItemPath, n: int, count: int) -> list[ItemPath]:
+    """Return the paths of what a fan-out makes from one path, from its ``n``-th item on."""
+    if n + count > _DRAW_ITEMS:
+        return [ItemPath((*parent, k)) for k in range(n, n + count)]
+    first = _first_children(parent)
+    while len(first) < n + count:
+        first.append(ItemPath((*parent, len(first))))
+    return first[n : n + count]
+
+
+@functools.lru_cache(maxsize=64)
+def _first_children(_parent: ItemPath) -> list[ItemPath]:
+    """Return what is known of the paths of a path's first children: sources share them."""
+    return []
 
 
 def _travelling(rows: list[Any]) -> list[bytes]:
@@ -798,6 +847,29 @@ def _wrong_batch(answer: Any, count: int) -> str:
     if len(answer) != count:
         return f"{len(answer)} slots for {count} items; slot i must answer item i"
     return ""
+
+
+def _begin(values: Iterator[Any]) -> tuple[list[Any], BaseException | None]:
+    """Return the first items of a fan-out, and what it raised instead of the next."""
+    children: list[Any] = []
+    try:
+        _draw(children, values)
+    except _BEYOND_THE_ITEM:
+        raise
+    except BaseException as error:
+        return children, error
+    return children, None
+
+
+def _drawn(
+    children: list[Any], error: BaseException | None, values: Generator[Any, Any, Any]
+) -> Generator[Any, Any, None]:
+    """Give a fan-out again from its beginning, of which some was drawn."""
+    with contextlib.closing(values):
+        yield from children
+        if error is not None:
+            raise error
+        yield from values
 
 
 def _draw(into: list[Any], values: Iterator[Any]) -> None:

@@ -20,5 +20,7 @@ def prepare_environment() -> None:
         # The node's memory is not the job's; the kernel's cgroup decides.
         RAY_memory_monitor_refresh_ms="0",
         RAY_enable_metrics_collection="0",
+        # Most calls and frames are smaller than this, and cheaper to send than to share.
+        RAY_max_direct_call_object_size=str(1 << 20),
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     )

@@ -6,9 +6,9 @@ failed.  A counter that reaches zero proves nothing: a drop that overtakes its p
 fan-out takes it to zero with work outstanding.  Sets do not care about the order of
 deliveries, repeated deliveries change nothing, and a lost one leaves the source open.
 
-Most sources go through a pipeline one item at a time.  Of these the sets are one chain, the
-same for all sources of a call, and whole calls are recorded at once; whatever does not fit the
-chain turns it into sets first.
+Most sources go through a pipeline one item at a time.  Of these the sets are one chain, and
+the sources that have the same one are a bitmap, so that whole calls are recorded at once;
+whatever does not fit its chain leaves the bitmap and gets sets first.
 
 A retry has a higher attempt number and replaces everything the try before it emitted.
 Acknowledgements of an older try, or of a source that is complete, are ignored.
@@ -17,7 +17,6 @@ Acknowledgements of an older try, or of a source that is complete, are ignored.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -76,39 +75,38 @@ class Accounting:
 
     def __init__(self) -> None:
         self._pending: dict[int, _Pending] = {}
-        # First tries whose every item made one: what was emitted, the last not yet consumed.
-        self._chains: dict[int, tuple[ItemPath, ...]] = {}
+        # First tries whose every item made one, by what was emitted; the last is not consumed.
+        self._chains: dict[tuple[ItemPath, ...], BitMap] = {}
         self._completed, self._forgotten = BitMap(), BitMap()
         self.anomalies: list[tuple[Ack, str]] = []
 
     def __len__(self) -> int:
         """Return the number of pending sources."""
-        return len(self._pending) + len(self._chains)
+        return len(self._pending) + sum(map(len, self._chains.values()))
 
     def __contains__(self, source: int) -> bool:
         """Tell whether a source is pending."""
-        return source in self._pending or source in self._chains
+        return source in self._pending or self._chain_of(source) is not None
 
     def attempt(self, source: int) -> int:
         """Return the number of a pending source's current try."""
-        return 1 if source in self._chains else self._pending[source].attempt
+        pending = self._pending.get(source)
+        return 1 if pending is None else pending.attempt
 
-    def admit_all(self, sources: Sequence[int]) -> bool:
+    def admit_all(self, sources: BitMap) -> bool:
         """Record the roots of first tries at once; False, and nothing recorded, unless all fit."""
-        known = BitMap(sources)
-        is_new = known.isdisjoint(self._completed) and known.isdisjoint(self._forgotten)
-        if not is_new or any(
-            not seen.keys().isdisjoint(sources) for seen in (self._pending, self._chains) if seen
-        ):
+        seen = (self._completed, self._forgotten, *self._chains.values())
+        is_new = all(map(sources.isdisjoint, seen))
+        if not is_new or (self._pending and not self._pending.keys().isdisjoint(sources)):
             return False
-        self._chains.update(dict.fromkeys(sources, (ROOT,)))
+        self._put((ROOT,), sources)
         return True
 
-    def advance_all(self, sources: Sequence[int], item: ItemPath, emitted: ItemPath | None) -> bool:
+    def advance_all(self, sources: BitMap, item: ItemPath, emitted: ItemPath | None) -> bool:
         """Record that one item of each source was consumed and made one, or is the end of it.
 
         Args:
-            sources: Each at most once.
+            sources: The sources.
             item: The item of each.
             emitted: What each made; None: nothing, which completes the source.
 
@@ -116,24 +114,35 @@ class Accounting:
             Whether it was recorded: False where any source is not one chain that ends in
             ``item``, so that each has to be acknowledged by itself.
         """
-        chains = set(map(self._chains.get, sources))
-        chain = chains.pop() if len(chains) == 1 else None
-        if chain is None or chain[-1] != item or len(set(sources)) < len(sources):
+        chain = next((chain for chain, known in self._chains.items() if sources <= known), None)
+        if chain is None or chain[-1] != item:
             return False
+        if emitted is not None and not _descends(emitted, item):
+            return False
+        self._take(chain, sources)
         if emitted is None:
-            for source in sources:
-                del self._chains[source]
-            self._completed.update(sources)
-            return True
-        if not _descends(emitted, item):
-            return False
-        self._chains.update(dict.fromkeys(sources, (*chain, emitted)))
+            self._completed |= sources
+        else:
+            self._put((*chain, emitted), sources)
         return True
+
+    def _chain_of(self, source: int) -> tuple[ItemPath, ...] | None:
+        return next((chain for chain, known in self._chains.items() if source in known), None)
+
+    def _put(self, chain: tuple[ItemPath, ...], sources: BitMap) -> None:
+        known = self._chains.get(chain)
+        self._chains[chain] = sources.copy() if known is None else known | sources
+
+    def _take(self, chain: tuple[ItemPath, ...], sources: BitMap) -> None:
+        left = self._chains.pop(chain) - sources
+        if left:
+            self._chains[chain] = left
 
     def _unchain(self, source: int) -> None:
         """Turn a source's chain into sets."""
-        chain = self._chains.pop(source, None)
+        chain = self._chain_of(source)
         if chain is not None:
+            self._take(chain, BitMap([source]))
             pending = _Pending(1, root_seen=True, emitted=set(chain))
             pending.consumed.update((item, (made,)) for item, made in itertools.pairwise(chain))
             self._pending[source] = pending
@@ -177,8 +186,8 @@ class Accounting:
 
     def forget(self, source: int) -> None:
         """Drop a source that is not tried again, unless it is admitted anew."""
+        self._unchain(source)
         self._pending.pop(source, None)
-        self._chains.pop(source, None)
         self._forgotten.add(source)
 
     def _entry(self, source: int, attempt: int) -> _Pending | None:

@@ -202,8 +202,12 @@ def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
     first = paths[0]
     if paths.count(first) == len(paths):
         return b"=" + encode_path(first).encode()
-    texts = {path: encode_path(path) for path in set(paths)}
-    return b"z" + zlib.compress("\n".join(map(texts.__getitem__, paths)).encode(), 1)
+    # A few paths stand again and again, mostly as the same objects: those compare fastest.
+    keys = list(map(id, paths))
+    objects = dict(zip(keys, paths, strict=True))
+    encoded = {path: encode_path(path) for path in set(objects.values())}
+    texts = {key: encoded[path] for key, path in objects.items()}
+    return b"z" + zlib.compress("\n".join(map(texts.__getitem__, keys)).encode(), 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,8 @@ line that holds ``null`` is looked at again.  Integers beyond 64 bits take a slo
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +49,7 @@ def encode_lines(values: Sequence[Any]) -> list[bytes]:
         lines = [orjson.dumps(value, _from_numpy, _OPTIONS) + b"\n" for value in values]
     except orjson.JSONEncodeError as error:
         raise _row_error(str(error.__cause__ or error)) from error
-    if any(map(operator.contains, lines, itertools.repeat(b"null"))):
+    if b"null" in b"".join(lines):
         for value in values:
             refuse_non_finite(value)
     return lines

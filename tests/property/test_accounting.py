@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyroaring import BitMap
 
 from hpcresume.ids import ROOT, ItemPath, child
 from hpcresume.ledger.accounting import Accounting, Ack, Verdict
@@ -189,8 +190,11 @@ def one_by_one(accounting: Accounting, kind: str, group: list[int], item: ItemPa
 
 def at_once(accounting: Accounting, kind: str, group: list[int], item: ItemPath) -> bool:
     """Deliver for a call, where its kind and its sources allow it."""
+    sources = BitMap(group)
+    if len(sources) < len(group):
+        return False
     if kind == "admit":
-        return len(set(group)) == len(group) and accounting.admit_all(group)
+        return accounting.admit_all(sources)
     if kind in ("advance", "end"):
-        return accounting.advance_all(group, item, child(item, 0) if kind == "advance" else None)
+        return accounting.advance_all(sources, item, child(item, 0) if kind == "advance" else None)
     return False
