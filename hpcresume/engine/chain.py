@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 SLICE_ITEMS = 4096
 _DRAW_ITEMS = 256
+_PEAK_EACH_S = 0.1
 _NOTHING = contextlib.nullcontext()
 _SOURCES = "sources"
 ResultT = TypeVar("ResultT")
@@ -159,6 +160,14 @@ class Chain:
         }
         self.running = Running(place.mark)
         self.packer = make_packer(pipeline.sink, place.parts)
+        self._peak_mib, self._peak_until = 0, 0.0
+
+    def peak_mib(self, now: float) -> int:
+        """Return the most memory this process had resident, asked for now and then."""
+        if now >= self._peak_until:
+            self._peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            self._peak_until = now + _PEAK_EACH_S
+        return self._peak_mib
 
     def setup(self) -> None:
         """Set up every stage.
@@ -233,10 +242,10 @@ class _Call:
             if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
         self._finish(result)
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        end = time.perf_counter()
         for count in self.counts:
-            count.memory_mib = peak_mib
-        result.seconds = time.perf_counter() - start
+            count.memory_mib = self.chain.peak_mib(end)
+        result.seconds = end - start
         return result
 
     def _slices(self) -> Iterator[_Items]:

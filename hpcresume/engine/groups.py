@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hpcresume.pipeline.stage import Stage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Group:
     """Stages that run fused, and how many workers run them.
 
@@ -24,7 +25,7 @@ class Group:
     stages: tuple[Stage, ...]
     workers: int
 
-    @property
+    @cached_property
     def is_async(self) -> bool:
         """Whether its stages run on an event loop."""
         return self.stages[0].traits.is_async
@@ -44,12 +45,12 @@ class Group:
         """Seconds that the set-up of all its stages may take."""
         return sum(stage.setup_timeout_s for stage in self.stages)
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
         """The largest batch that a stage of the group takes."""
         return max(stage.batch_size for stage in self.stages)
 
-    @property
+    @cached_property
     def concurrency(self) -> int:
         """Items that one worker can have in flight."""
         return max(stage.max_concurrency * stage.batch_size for stage in self.stages)

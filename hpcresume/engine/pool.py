@@ -22,6 +22,7 @@ from hpcresume.pipeline.pipeline import Pipeline
 
 ResultT = TypeVar("ResultT")
 _GATHER_S = 0.05
+_BEGIN_MAX = 8
 
 
 class EngineDiedError(HpcResumeError):
@@ -207,13 +208,18 @@ class InlinePool:
             self._loop.call(self._begin)
 
     def _begin(self) -> None:
-        """Start the calls that were submitted; runs on the event loop's thread."""
-        while self._fresh:
+        """Start calls that were submitted; runs on the event loop's thread.
+
+        A few at a time: the loop has others to serve between them.
+        """
+        for _ in range(min(len(self._fresh), _BEGIN_MAX)):
             worker, call, inputs = self._fresh.popleft()
             under_way = self._under_way[worker]
             task = asyncio.ensure_future(self._run_call(worker, call, inputs))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
+        if self._fresh:
+            asyncio.get_running_loop().call_soon(self._begin)
 
     async def _run_call(self, worker: WorkerRef, call: int, inputs: Inputs) -> None:
         try:

@@ -49,7 +49,7 @@ class Sizes:
     some: int = 10_000
     few: int = 500
     fan: int = 200_000
-    slow: int = 2_000
+    slow: int = 12_000
     bulk: int = 20_000
     batches: int = 100
     union: int = 100_000_000
