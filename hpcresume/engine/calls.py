@@ -186,6 +186,7 @@ class ChunkResult:
 
     Attributes:
         seconds: How long the call took in the worker.
+        took: The same for each call that this is the result of; empty: it is one.
         counts: What each stage of the group did, in order.
         failures: The slots that failed.
         worked: Names of the stages that worked for a source after their last failure.
@@ -214,3 +215,4 @@ class ChunkResult:
     emitted: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
     column: tuple[ItemPath, list[bytes]] | None = None
     files: dict[int, list[tuple[ItemPath, str]]] = field(default_factory=dict)
+    took: list[float] = field(default_factory=list)

@@ -31,7 +31,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import GeneratorType
@@ -212,6 +212,21 @@ class Chain:
         """
         return await _Call(self, inputs, marked=marked).run()
 
+    async def process(self, inputs: Inputs) -> ChunkResult | Processed:
+        """Run the stages over an item; what comes of it is for :meth:`finish`, if not a result."""
+        call = _Call(self, inputs, marked=False)
+        return await call.process() or call
+
+    def finish(self, processed: Sequence[Processed]) -> ChunkResult:
+        """Return the result of items that were processed each by itself, as one of all.
+
+        Args:
+            processed: The items, in the order of their sources.
+        """
+        first, *others = processed
+        first.join(others)
+        return first.finish()
+
 
 class _Call:
     """One call of a chain."""
@@ -226,11 +241,15 @@ class _Call:
         # Slots that the sources (0) and each stage (from 1) worked for.
         self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
         self.made = _Items()
+        self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
     async def run(self) -> ChunkResult:
+        return await self.process() or self.finish()
+
+    async def process(self) -> ChunkResult | None:
+        """Run the stages; return a result only where that is all there is to say of the call."""
         start = time.perf_counter()
-        result = ChunkResult(counts=self.counts)
         try:
             for items in self._slices():
                 await self._push(0, items)
@@ -239,13 +258,41 @@ class _Call:
         except PoolUnrecoverable as error:
             return ChunkResult(unrecoverable=str(error), seconds=time.perf_counter() - start)
         finally:
+            self.took = [time.perf_counter() - start]
             if self.place.mark is not None and not self._is_async:
                 self.place.mark.clear()
+        for count in self.counts:
+            count.note_spread()
+        return None
+
+    def rows_bytes(self) -> int:
+        """Return the bytes of the encoded rows or items that were made."""
+        return sum(len(made) for made in self.made.items if isinstance(made, bytes))
+
+    def join(self, others: Sequence[_Call]) -> None:
+        """Take in other calls of one item each that are processed, as more items of this one."""
+        self.inputs = Inputs.concat([self.inputs, *(call.inputs for call in others)])
+        for slot, call in enumerate(others, len(self.inputs) - len(others)):
+            self.made.extend(call.made.items, [slot] * len(call.made), call.made.paths)
+            for failure in call.failures.values():
+                self.failures[slot] = replace(failure, slot=slot)
+            for passed, of_call in zip(self.passed, call.passed, strict=True):
+                passed.extend([(slot,)] if of_call else [])
+            for files in call.files.values():
+                self.files[slot] = files
+            for count, more_counts in zip(self.counts, call.counts, strict=True):
+                count.add(more_counts)
+            self.took += call.took
+
+    def finish(self) -> ChunkResult:
+        """Return the result of what was processed."""
+        start = time.perf_counter()
+        result = ChunkResult(counts=self.counts, took=self.took)
         self._finish(result)
         end = time.perf_counter()
         for count in self.counts:
             count.memory_mib = self.chain.peak_mib(end)
-        result.seconds = end - start
+        result.seconds = sum(self.took) + end - start
         return result
 
     def _slices(self) -> Iterator[_Items]:
@@ -774,6 +821,10 @@ class _Call:
         except LocalStorageError as error:
             result.refused = str(error)
         result.completed = len(good)
+
+
+Processed = _Call
+"""A call whose stages have run."""
 
 
 def _adopt(

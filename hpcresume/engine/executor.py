@@ -398,10 +398,15 @@ class Executor:
             self._died(state, worker, event)
 
     def _finished(self, event: Finished) -> None:
-        worker = self._calls.pop(event.call, None)
+        # What a worker held is taken from it as a whole, so all of them are known, or none.
+        workers = [self._calls.pop(call, None) for call in event.calls]
+        worker = workers[0]
         if worker is None:
             return
-        chunk = worker.drop(event.call)
+        chunks = [worker.drop(call) for call in event.calls]
+        chunk = chunks[0]
+        if len(chunks) > 1:
+            chunk = Chunk(Inputs.concat([part.inputs for part in chunks]), chunk.group)
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
@@ -420,7 +425,8 @@ class Executor:
             # Last, since a broken stage ends the run here and what succeeded must stay.
             failures = self._without_starved(chunk, result.failures)
             self._judge.judge(chunk.inputs, failures, worked=result.worked)
-        self._listener.ended(event.call)
+        for call in event.calls:
+            self._listener.ended(call)
         # An answer may overtake the one before it.
         oldest = next(iter(worker.calls), 0)
         if oldest > worker.begun:
@@ -433,12 +439,17 @@ class Executor:
         known = state.seconds_per_item
         state.seconds_per_item = per_item if not known else 0.7 * known + 0.3 * per_item
         for total, part in zip(state.counts, result.counts, strict=True):
-            part.note_spread()
             total.add(part)
 
     def _note_pace(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
         weight = chunk.inputs.total_weight()
         if self._assembly is None and result.completed and weight > 0:
+            if len(result.took) > 1:
+                failed = {failure.slot for failure in result.failures}
+                for slot, seconds in enumerate(result.took):
+                    if slot not in failed:
+                        self._admission.pace.note(seconds * len(chunk) / weight, 1)
+                return
             # Of a batch, every source takes as long as all of it.
             shared = len(chunk) if state.group.batch_size > 1 else 1
             self._admission.pace.note(result.seconds * shared / weight, result.completed)

@@ -7,14 +7,14 @@ import contextlib
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hpcresume.engine.calls import ChunkResult, Inputs
-from hpcresume.engine.chain import Chain, ChainPlace, run_now
+from hpcresume.engine.chain import Chain, ChainPlace, Processed, run_now
 from hpcresume.engine.groups import Group
 from hpcresume.errors import HpcResumeError
 from hpcresume.pipeline.context import Worker
@@ -23,6 +23,7 @@ from hpcresume.pipeline.pipeline import Pipeline
 ResultT = TypeVar("ResultT")
 _GATHER_S = 0.05
 _BEGIN_MAX = 8
+_FRAME_BYTES = 8 << 20
 
 
 class EngineDiedError(HpcResumeError):
@@ -42,9 +43,14 @@ class WorkerRef:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A call returned."""
+    """A call returned, or several of one worker together.
 
-    call: int
+    Attributes:
+        calls: Their numbers.
+        result: What came of them; its slots count the items of all.
+    """
+
+    calls: Sequence[int]
     result: ChunkResult
 
 
@@ -151,6 +157,7 @@ class InlinePool:
         self._failed: BaseException | None = None
         self._fresh: deque[tuple[WorkerRef, int, Inputs]] = deque()
         self._under_way: defaultdict[WorkerRef, set[asyncio.Task[None]]] = defaultdict(set)
+        self._processed: defaultdict[WorkerRef, list[tuple[int, Processed]]] = defaultdict(list)
         self._queue: list[tuple[WorkerRef, int, Inputs]] = []
         any_async = any(group.is_async for group in groups)
         self._loop: _LoopThread | _LoopHere | None = None
@@ -222,26 +229,35 @@ class InlinePool:
             asyncio.get_running_loop().call_soon(self._begin)
 
     async def _run_call(self, worker: WorkerRef, call: int, inputs: Inputs) -> None:
+        chain = self._chains[worker]
         try:
-            result = await self._chains[worker].run(inputs, marked=False)
+            if len(inputs) > 1:
+                self._tell(Finished([call], await chain.run(inputs, marked=False)))
+                return
+            outcome = await chain.process(inputs)
+            if isinstance(outcome, ChunkResult):
+                self._tell(Finished([call], outcome))
+                return
+            # While calls wait for their turn here, nobody waits for the next one.
+            others = len(self._under_way[worker]) - 1
+            is_urgent = others <= self._groups[worker.group].concurrency
+            with self._happened:
+                self._processed[worker].append((call, outcome))
+                if is_urgent:
+                    self._is_urgent = True
+                    self._happened.notify_all()
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             with self._happened:
                 self._failed = error
                 self._happened.notify_all()
-            return
-        # While calls wait for their turn here, nobody waits for the next one.
-        others = len(self._under_way[worker]) - 1
-        is_urgent = others <= self._groups[worker.group].concurrency
-        self._tell(Finished(call, result), at_once=is_urgent)
 
-    def _tell(self, event: Event, *, at_once: bool = True) -> None:
+    def _tell(self, event: Event) -> None:
         with self._happened:
             self._events.append(event)
-            if at_once:
-                self._is_urgent = True
-                self._happened.notify_all()
+            self._is_urgent = True
+            self._happened.notify_all()
 
     def retire(self, worker: WorkerRef) -> None:
         """Tear down a worker's stages."""
@@ -257,26 +273,38 @@ class InlinePool:
                 self._await_events(time.monotonic() + timeout_s)
             if self._failed is not None:
                 raise self._failed
-            happened = bool(self._events)
+            happened = bool(self._events or self._processed)
         if not happened and self._queue:
             self._tell(self._run_queued(*self._queue.pop(0)))
         with self._happened:
             events, self._events, self._is_urgent = self._events, [], False
-        return events
+            processed, self._processed = self._processed, defaultdict(list)
+        # First: what a worker held is given up with it where it turns out to be broken.
+        finished = [event for calls in processed.values() for event in self._finish(calls)]
+        return [*finished, *events]
 
     def _await_events(self, deadline: float) -> None:
         """Wait for an event that is urgent, and a while for others to come together."""
         while (left := deadline - time.monotonic()) > 0:
             self._happened.wait_for(lambda: self._is_urgent or self._failed, min(left, _GATHER_S))
-            if self._events or self._failed:
+            if self._events or self._processed or self._failed:
                 return
+
+    @staticmethod
+    def _finish(processed: list[tuple[int, Processed]]) -> Iterator[Finished]:
+        """Yield what came of items that were processed each by itself, of many together."""
+        # Frames need the order of the sources.
+        processed.sort(key=lambda entry: entry[1].inputs.sources[0])
+        for part in _parts(processed):
+            result = part[0][1].chain.finish([outcome for _, outcome in part])
+            yield Finished([call for call, _ in part], result)
 
     def _run_queued(self, worker: WorkerRef, call: int, inputs: Inputs) -> Finished:
         coroutine = self._chains[worker].run(inputs, marked=False)
         if not self._groups[worker.group].is_async:
-            return Finished(call, run_now(coroutine))
+            return Finished([call], run_now(coroutine))
         assert self._loop is not None
-        return Finished(call, self._loop.run(coroutine))
+        return Finished([call], self._loop.run(coroutine))
 
     def close(self, timeout_s: float) -> None:
         """Tear everything down."""
@@ -284,6 +312,20 @@ class InlinePool:
             self._loop.close(timeout_s)
         for worker in list(self._chains):
             self.retire(worker)
+
+
+def _parts(processed: list[tuple[int, Processed]]) -> Iterator[list[tuple[int, Processed]]]:
+    """Yield processed items in parts whose rows one frame holds with ease."""
+    part: list[tuple[int, Processed]] = []
+    size_bytes = 0
+    for entry in processed:
+        size_bytes += entry[1].rows_bytes()
+        if part and size_bytes > _FRAME_BYTES:
+            yield part
+            part, size_bytes = [], entry[1].rows_bytes()
+        part.append(entry)
+    if part:
+        yield part
 
 
 class _LoopHere:

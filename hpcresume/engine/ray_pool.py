@@ -159,7 +159,7 @@ class RayPool:
             raise EngineDiedError(f"Ray failed: {error}") from error
         del self._refs[ref]
         if ref in actor.calls:
-            self._events.append(Finished(actor.calls.pop(ref), value))
+            self._events.append(Finished([actor.calls.pop(ref)], value))
         elif value is None:
             actor.started = True
             self._events.append(Started(worker))
@@ -207,7 +207,7 @@ class RayPool:
         """Keep the results of calls that finished before their worker died."""
         for ref, call in list(actor.calls.items()):
             with contextlib.suppress(ray.exceptions.RayError):
-                self._events.append(Finished(call, ray.get(ref, timeout=0)))
+                self._events.append(Finished([call], ray.get(ref, timeout=0)))
 
     def _last_words(self, actor: _Actor) -> str:
         with contextlib.suppress(OSError), open(actor.mark_path + ".fault", "rb") as file:

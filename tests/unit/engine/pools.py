@@ -160,7 +160,7 @@ class ScriptedPool:
         if self.takes is not None:
             result.seconds = self.takes(inputs)
             self.clock.now += result.seconds
-        self._events.append(Finished(call, result))
+        self._events.append(Finished([call], result))
 
 
 class ListFeed:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 import hpcresume as hr
+from hpcresume.engine.calls import ChunkResult, Inputs
+from hpcresume.engine.chain import Chain
 from hpcresume.engine.mark import Mark
 from hpcresume.errors import PoolUnrecoverable
 from tests.unit.engine.chains import ChainCase, call, counters, failed, records, rows
@@ -167,3 +174,53 @@ def test_an_unrecoverable_pool_ends_the_attempt(case: ChainCase) -> None:
             result.failures,
             result.frame,
         )
+
+
+@hr.stage(max_concurrency=4)
+async def _any_way(kind: str, ctx: hr.Context) -> Any:
+    """Do what a source's payload says, in an order of its own."""
+    await asyncio.sleep(0.001 * (len(kind) % 3))
+    if kind == "fails":
+        raise ValueError(ctx.item_id)
+    if kind == "refused":
+        return hr.Failed("no", retry=False)
+    if kind == "files":
+        ctx.output("a.txt").write_text(kind)
+    if kind == "lost file":
+        ctx.output("b.txt")
+    if kind == "no row":
+        return float("nan")
+    return {"dropped": None, "fan": hr.Many([1, 2, None, 3]), "none": hr.Many([])}.get(kind, kind)
+
+
+_KINDS = ["plain", "fails", "refused", "files", "lost file", "no row", "dropped", "fan", "none"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(kinds=st.lists(st.sampled_from(_KINDS), min_size=1, max_size=8), again=st.booleans())
+@pytest.mark.parametrize("count", [1, 2])
+def test_items_processed_by_themselves_are_finished_as_one_call(
+    count: int, kinds: list[str], again: bool
+) -> None:
+    """What was processed one by one and finished together is what one call makes of it."""
+
+    async def one_by_one(chain: Chain, inputs: Inputs) -> ChunkResult:
+        parts = [chain.process(inputs.select([slot])) for slot in range(len(inputs))]
+        return chain.finish(await asyncio.gather(*parts))  # type: ignore[arg-type]
+
+    with tempfile.TemporaryDirectory() as name:
+        case = ChainCase(Path(name))
+        inputs = records(kinds, attempts={0: 2} if again else {})
+        stages = [_any_way, hr.stage(_same, max_concurrency=2, workers=2)][:count]
+        together = asyncio.run(case.make(stages, count=1).run(inputs, marked=False))
+        joined = asyncio.run(one_by_one(case.make(stages, count=1), inputs))
+    assert len(kinds) == len(joined.took)
+    for result in (together, joined):
+        result.seconds, result.took = 0.0, []
+        for stage in result.counts:
+            stage.seconds, stage.memory_mib, stage.spread = 0.0, 0, {}
+    assert together == joined
+
+
+async def _same(x: Any) -> Any:
+    return x

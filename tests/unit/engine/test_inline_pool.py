@@ -49,7 +49,7 @@ def finished(pool: InlinePool, count: int) -> list[int]:
     while len(found) < count:
         events = pool.wait(DEADLINE_S)
         assert events, f"nothing more than {found} finished"
-        found += [event.call for event in events if isinstance(event, Finished)]
+        found += [call for event in events if isinstance(event, Finished) for call in event.calls]
     return found
 
 
@@ -157,3 +157,52 @@ def test_where_calls_run(tmp_path: Path, watched: bool) -> None:
         pool.close(DEADLINE_S)
     here = threading.get_ident()
     assert (True, watched) == (threads["plain"] == here, threads["async"] == here)
+
+
+def test_what_was_processed_is_told_before_its_worker_is_broken(tmp_path: Path) -> None:
+    """Answers that wait to be told together come before what ends their worker."""
+
+    @hr.stage(max_concurrency=1)
+    async def work(n: int) -> Any:
+        return hr.WorkerBroken("no more") if n == 3 else n
+
+    pool = pool_of(tmp_path, work)
+    for call in range(1, 4):
+        submit(pool, call)
+    told: list[tuple[list[int], str | None]] = []
+    while not told or told[-1][1] is None:
+        for event in pool.wait(DEADLINE_S):
+            assert isinstance(event, Finished)
+            told.append((list(event.calls), event.result.broken))
+    assert [1, 2, 3] == [call for calls, _ in told for call in calls]
+    assert ([3], "no more") == told[-1]
+    pool.close(DEADLINE_S)
+
+
+def test_large_rows_are_told_in_several_frames(tmp_path: Path) -> None:
+    """Answers are joined up to what one frame holds with ease, in the order of their sources."""
+    processed, release, others = threading.Event(), threading.Event(), asyncio.Event()
+    left = 5
+
+    @hr.stage(max_concurrency=6)
+    async def work(n: int) -> str:
+        nonlocal left
+        await asyncio.sleep(0.001 * (5 - n % 5))
+        if n == 6:
+            await others.wait()
+            processed.set()
+            release.wait(DEADLINE_S)
+        left -= 1
+        if not left:
+            others.set()
+        return "x" * (3 << 20)
+
+    pool = pool_of(tmp_path, work)
+    for call in range(1, 7):
+        submit(pool, call)
+    assert processed.wait(DEADLINE_S)
+    told = [event for event in pool.wait(DEADLINE_S) if isinstance(event, Finished)]
+    assert [[1, 2], [3, 4], [5]] == [list(event.calls) for event in told]
+    release.set()
+    assert [6] == finished(pool, 1)
+    pool.close(DEADLINE_S)
