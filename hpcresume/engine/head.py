@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -25,6 +26,7 @@ from hpcresume.engine.pool import EngineDiedError
 log = logging.getLogger(__name__)
 
 INNER_NAME = "r"
+_KNOWN_INSIDE = ("2.59.", "2.60.")
 _WATCH_S = 0.5
 _STUCK_S = 5.0
 _DAEMONS = ("raylet", "gcs_server")
@@ -54,17 +56,18 @@ class RayHead:
         self._temp = temp
         before = signal.getsignal(signal.SIGTERM)
         store = min(_MAX_STORE_BYTES, resources.memory_bytes // 8, _shm_free() // 2)
-        ray.init(
-            address="local",
-            num_cpus=max(1, resources.cpus),
-            num_gpus=resources.gpus,
-            object_store_memory=max(_MIN_STORE_BYTES, store),
-            _memory=max(_MIN_STORE_BYTES, resources.memory_bytes),
-            include_dashboard=False,
-            # Ray opens its directory to everybody; the one around it stays private.
-            _temp_dir=os.path.join(temp, INNER_NAME),
-            logging_level="warning",
-        )
+        with _one_node_only():
+            ray.init(
+                address="local",
+                num_cpus=max(1, resources.cpus),
+                num_gpus=resources.gpus,
+                object_store_memory=max(_MIN_STORE_BYTES, store),
+                _memory=max(_MIN_STORE_BYTES, resources.memory_bytes),
+                include_dashboard=False,
+                # Ray opens its directory to everybody; the one around it stays private.
+                _temp_dir=os.path.join(temp, INNER_NAME),
+                logging_level="warning",
+            )
         # ray.init installs a handler that exits, in place of the caller's.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
@@ -121,6 +124,28 @@ class RayHead:
         with contextlib.suppress(Exception):
             ray.shutdown()
         shutil.rmtree(self._temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_node_only() -> Iterator[None]:
+    """Start Ray without its autoscaler and its dashboard, for which it has no settings.
+
+    They have nothing to do for one node, and each takes most of a second of a core to start.
+    A Ray whose inside is not known is started whole.
+    """
+    if not ray.__version__.startswith(_KNOWN_INSIDE):
+        yield
+        return
+    from ray._private import services
+    from ray._private.node import Node
+
+    before = Node.start_monitor, services.start_api_server
+    Node.start_monitor = lambda _node: None
+    services.start_api_server = lambda *_, **__: ("", None)  # no address, and no process
+    try:
+        yield
+    finally:
+        Node.start_monitor, services.start_api_server = before
 
 
 def _died(daemon: psutil.Process) -> EngineDiedError:

@@ -347,6 +347,15 @@ def test_stranger_without_the_token_is_refused(host: Host) -> None:
     assert "refused\n" == stranger.stdout, stranger.stderr
 
 
+def test_a_head_of_one_node_has_no_autoscaler_and_no_dashboard(host: Host) -> None:
+    """Of Ray's own programs only those run that serve one node."""
+    processes = psutil.Process(host.process.pid).children(recursive=True)
+    commands = [" ".join(process.cmdline()) for process in processes]
+    assert any("raylet" in command for command in commands)
+    needless = ("autoscaler", "dashboard/dashboard.py")
+    assert [] == [c for c in commands if any(name in c for name in needless)]
+
+
 def shm_of(pids: set[int]) -> set[str]:
     """Return the shared memory that processes hold."""
     found = set()
