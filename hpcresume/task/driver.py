@@ -185,6 +185,7 @@ class Driver:
         except LocalStorageError as error:
             kind, reason, stage = "storage", str(error), ""
             return Ended(kind, reason, self._committer.committed_seq, stage)
+        self._committer.flush()
         self._write_state()
         last = self._committer.flush()
         self._report()
@@ -350,7 +351,8 @@ class Driver:
             elapsed_s=time.monotonic() - self._start,
             written_at=time.time(),
             in_flight=executor.in_flight,
-            completed=executor.completed,
+            # What is published next holds at least these.
+            completed=self._committer.committed_sources,
             failing=executor.failing,
             left=self._left(),
             note=_NO_TIME if executor.lacks_time else "",

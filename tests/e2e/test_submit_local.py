@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcresume.run.directory import RunDir
+from hpcresume.segment.segment import open_segment
 from tests.support.cli import Command, wait_until
 from tests.support.local import INLINE, Desk, Ended, kill_family
 from tests.support.pipelines import fan_result, write_fan
@@ -455,3 +457,20 @@ def test_env_file(desk: Desk) -> None:
     secret.chmod(0o644)
     refused = desk.submit("p.py", "--run-dir", "other", "--env-file", "secret.env")
     assert (15, True) == (refused.code, "chmod 600" in refused.err)
+
+
+def test_no_segment_says_more_than_is_published(desk: Desk) -> None:
+    """What a segment says its attempt has completed is in it or in those before it."""
+    write_fan(desk.path)
+    options = ("--sync-interval", "0.05", "-P", "n=60", "-P", "ms=80", "-P", "calls=calls")
+    ok(desk.submit("fan.py", "--run-dir", "run", *options))
+    run = RunDir.open(str(desk.path / "run"))
+    (attempt,) = run.all_attempts()
+    published, said = 0, []
+    for name in run.segments(attempt):
+        segment = open_segment(run.fs, run.segment_path(name), run_id=run.run_id)
+        published += len(segment.completed)
+        said.append((segment.footer.progress.completed, published))
+    assert len(said) > 5
+    assert [] == [(n, count) for n, count in said if n > count]
+    assert (60, 60) == said[-1]
