@@ -22,7 +22,7 @@ from hpcresume.pipeline.pipeline import Pipeline
 
 ResultT = TypeVar("ResultT")
 _GATHER_S = 0.05
-_BEGIN_MAX = 8
+_BEGIN_MAX = 4
 _FRAME_BYTES = 8 << 20
 
 
