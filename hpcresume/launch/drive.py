@@ -140,8 +140,7 @@ def _submit_once(ready: Ready) -> Step:
         # Somebody has cancelled array tasks at this moment, and a merge has taken note of it.
         return Step("stopped", standing)
     if not standing.remainder:
-        finish_run(run, standing, ready.prepared.loaded.pipeline)
-        return Step("finished", standing)
+        return finish_run(run, manifest, standing, ready.prepared.loaded.pipeline)
     if last is not None:
         round_ = last.footer.round
         active = active_jobs(run, round_)
@@ -201,8 +200,7 @@ def _merge_once(run: RunDir) -> Step:
         standing = withhold(run, manifest, settings, plan, tasks)
     if not standing.remainder and not standing.union.withheld:
         pipeline = load_snapshot(Path(run.code_path(run.code_numbers()[-1]))).pipeline
-        finish_run(run, standing, pipeline)
-        return Step("finished", standing)
+        return finish_run(run, manifest, standing, pipeline)
     if run.stop_requested():
         return Step("cancelled", standing)
     if not standing.remainder:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
+
+from pyroaring import BitMap
 
 from hpcresume.config import Settings
-from hpcresume.errors import UsageError
-from hpcresume.launch.rounds import Standing, mark_finished, run_finish
+from hpcresume.errors import HpcResumeError, UsageError, describe
+from hpcresume.failpoints import failpoint
+from hpcresume.fs import POSIX
+from hpcresume.launch.rounds import Standing, mark_finished, mark_stopped
 from hpcresume.launch.step import Step
 from hpcresume.merge.plan import newest_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
+from hpcresume.run.manifest import Manifest
+from hpcresume.segment import bitmap as bitmaps
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
 _STDERR = 2
+_FINISHED_OVER = ".hpcresume-sources"
 ENDS = frozenset({"finished", "stopped"})
 """Steps after which a run does not go on by itself; who cancels one knows."""
 
@@ -85,16 +98,105 @@ def tell_end(run: RunDir, generation: int, command: str) -> None:
         log.warning("--on-end %s: exited with %s", command, done.returncode)
 
 
-def finish_run(run: RunDir, standing: Standing, pipeline: Pipeline) -> None:
-    """Do what is done once at the end of a run."""
+def finish_run(run: RunDir, manifest: Manifest, standing: Standing, pipeline: Pipeline) -> Step:
+    """Do what is done once at the end of a run; it is stopped where ``finish`` fails."""
     if standing.union.finished:
-        return
+        return Step("finished", standing)
+    failed = ""
     if standing.total:
-        run_finish(run, pipeline)
+        failed = run_finish(run, pipeline, standing.union.completed - manifest.withdrawn())
+    if failed:
+        mark_stopped(run, standing, f"{failed}. All sources are settled. Mend it and submit again")
+        return Step("stopped", standing)
     mark_finished(run, standing)
+    return Step("finished", standing)
 
 
 def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
     """Tell the user's command of a run's end, where a step led to one."""
     if step.state in ENDS:
         tell_end(run, step.standing.union.number, settings.run.on_end)
+
+
+def run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
+    """Run ``Pipeline(finish=...)`` over an ended run's rows, published by rename.
+
+    It runs again only where other sources are complete than the last time: the list has grown,
+    or quarantined ones were tried again.  A kill in the middle leaves a temporary directory,
+    and the next merge runs it again.
+
+    Returns:
+        What it raised; empty where it did what it is to do.
+    """
+    target, sources = run.join("finish"), _source_set(completed)
+    if pipeline.finish is None or _finished_over(target) == sources:
+        return ""
+    from hpcresume.output.run import Run
+
+    temporary = run.join(f".tmp-finish-{secrets.token_hex(8)}")
+    os.mkdir(temporary, 0o700)
+    try:
+        rows: Any = Run(run.path).rows()
+        try:
+            pipeline.finish(rows, Path(temporary))
+        except HpcResumeError:
+            raise
+        except (Exception, SystemExit) as error:
+            log.exception("finish failed")
+            name = getattr(pipeline.finish, "__name__", type(pipeline.finish).__name__)
+            return f"finish={name} raised {describe(error)}"
+        _write(os.path.join(temporary, _FINISHED_OVER), sources)
+        for directory, _, files in os.walk(temporary):
+            for name in files:
+                _sync_file(os.path.join(directory, name))
+            POSIX.sync_directory(directory)
+        failpoint("finish.before_rename")
+        _put(run, temporary, target, sources)
+        POSIX.sync_directory(run.path)
+        failpoint("finish.after_rename")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ""
+
+
+def _put(run: RunDir, temporary: str, target: str, sources: str) -> None:
+    """Put what ``finish`` made in its place, instead of what it made of other sources."""
+    while True:
+        try:
+            os.rename(temporary, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        if _finished_over(target) == sources:
+            return  # another merge that came first
+        aside = run.join(f".tmp-finish-{secrets.token_hex(8)}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _source_set(sources: BitMap) -> str:
+    """Return what tells one set of sources from another, as text."""
+    return hashlib.blake2b(bitmaps.dump(sources), digest_size=16).hexdigest()
+
+
+def _finished_over(target: str) -> str | None:
+    """Return which sources ``finish`` has run over; None where nobody can tell."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return Path(target, _FINISHED_OVER).read_text()
+    return None
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "x") as file:
+        file.write(text)
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

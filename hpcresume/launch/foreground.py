@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hpcresume.config import Resolved, Settings
-from hpcresume.errors import LocalStorageError, RunDirError
+from hpcresume.errors import HpcResumeError, LocalStorageError, RunDirError
 from hpcresume.launch.ending import finish_run
 from hpcresume.launch.local import LocalRound, TaskProgress, living_attempts
 from hpcresume.launch.rounds import Standing, plan_round, settle
@@ -58,6 +58,7 @@ class LocalRun:
     on_round: Callable[[Plan], None]
     on_progress: Callable[[dict[int, TaskProgress]], bool | None]
     on_recovered: Callable[[int], None]
+    _last: LocalRound | None = None
 
     def execute(self) -> Step:
         """Run rounds until nothing is left, or until it makes no sense to go on.
@@ -74,14 +75,22 @@ class LocalRun:
                 "Wait for it, or run: hpcresume cancel " + self.run.path,
                 path=self.run.path,
             )
+        try:
+            return self._execute()
+        finally:
+            if self._last is not None:
+                # Where storage fails now, the end of this process says the same.
+                with contextlib.suppress(HpcResumeError, OSError):
+                    self._last.note_end()
+
+    def _execute(self) -> Step:
         settings = self.resolved.settings
         by_hand = True
         while True:
             self._recover()
             standing = settle(self.run, self.manifest, settings, judge=not by_hand)
             if not standing.remainder:
-                finish_run(self.run, standing, self.pipeline)
-                return Step("finished", standing)
+                return finish_run(self.run, self.manifest, standing, self.pipeline)
             if self.run.stop_requested():
                 return Step("cancelled", standing)
             if standing.stopped:
@@ -114,5 +123,6 @@ class LocalRun:
         plan = open_plan(self.run, round_)
         self.on_round(plan)
         local = LocalRound(self.run, round_, plan, self.resolved.settings, self.on_progress)
+        self._last = local
         local.execute()
         return local

@@ -80,6 +80,7 @@ class LocalRound:
     forced: bool = False
     progress: dict[int, TaskProgress] = field(default_factory=dict)
     _running: dict[int, _Running] = field(default_factory=dict)
+    _job: JobRecord | None = None
 
     def execute(self) -> None:
         """Run all tasks of the round; returns when the last one has ended."""
@@ -99,14 +100,22 @@ class LocalRound:
                 self._end_all()
 
     def _record(self) -> None:
-        record = JobRecord(
+        self._job = JobRecord(
             cluster="local",
             array=f"{socket.gethostname()}:{os.getpid()}",
             tasks=self.plan.footer.tasks,
             submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        self._write_job(self._job)
+
+    def note_end(self) -> None:
+        """Note that this process drives the round no more, though it may live on."""
+        if self._job is not None:
+            self._write_job(msgspec.structs.replace(self._job, has_ended=True))
+
+    def _write_job(self, job: JobRecord) -> None:
         name = f"local-{os.getpid()}-{time.time_ns()}.json"
-        self.run.write_record(self.run.round_path(self.round, "jobs", name), record, label="jobs")
+        self.run.write_record(self.run.round_path(self.round, "jobs", name), job, label="jobs")
 
     def _start(self, task: int, cpus: int, selector: selectors.BaseSelector) -> None:
         read, write = os.pipe()

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from pyroaring import BitMap
 
 from hpcresume.config.settings import Settings, SiteSettings
 from hpcresume.errors import InternalError
-from hpcresume.failpoints import failpoint
-from hpcresume.fs import POSIX
 from hpcresume.ids import RoundIndex
 from hpcresume.launch.ladder import Demand, Ladder, fold
 from hpcresume.merge.generation import (
@@ -49,7 +43,7 @@ from hpcresume.segment.segment import NEEDS_LONGER
 
 if TYPE_CHECKING:
     # What only unites, as `hpcresume merge` does, is to start quickly.
-    from hpcresume.pipeline.pipeline import Pipeline
+    pass
 
 _TRIES = 5
 _SAMPLE = 1000
@@ -198,6 +192,14 @@ def mark_finished(run: RunDir, standing: Standing) -> None:
     # Another merge that came first has said the same.
     with contextlib.suppress(FileExistsError):
         write_generation(run, union)
+
+
+def mark_stopped(run: RunDir, standing: Standing, reason: str) -> None:
+    """Record why an ended run is not finished: somebody has to see to it."""
+    standing.union.stopped = reason
+    # Another merge that came first has met the same.
+    with contextlib.suppress(FileExistsError):
+        write_generation(run, standing.union)
 
 
 def reopen(run: RunDir, *, quarantined: bool) -> None:
@@ -483,49 +485,3 @@ def share_tasks(
 def plan_settings(plan: Plan) -> Settings:
     """Return the settings that a plan was made with."""
     return msgspec.convert(plan.footer.settings, Settings)
-
-
-def run_finish(run: RunDir, pipeline: Pipeline) -> None:
-    """Run ``Pipeline(finish=...)`` over the finished run's rows, once, published by rename.
-
-    A kill in the middle leaves a temporary directory, and the next merge runs it again.
-    """
-    target = run.join("finish")
-    if pipeline.finish is None or os.path.exists(target):
-        return
-    from hpcresume.output.run import Run
-
-    temporary = run.join(f".tmp-finish-{secrets.token_hex(8)}")
-    os.mkdir(temporary, 0o700)
-    try:
-        rows: Any = Run(run.path).rows()
-        pipeline.finish(rows, _as_path(temporary))
-        for directory, _, files in os.walk(temporary):
-            for name in files:
-                _sync_file(os.path.join(directory, name))
-            POSIX.sync_directory(directory)
-        failpoint("finish.before_rename")
-        try:
-            os.rename(temporary, target)
-        except OSError as error:
-            # Another merge that came first has published the same.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        POSIX.sync_directory(run.path)
-        failpoint("finish.after_rename")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _as_path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text)
-
-
-def _sync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -85,7 +85,10 @@ def look_for_life(newest: RoundFiles, queue: Queue | None) -> Life:
     unseen = {a.info.host for a in attempts if a.alive is None and a.info is not None}
     named = ", ".join(sorted(unseen)[:_NAMED])
     more = f" and {len(unseen) - _NAMED:,} more" if len(unseen) > _NAMED else ""
-    drives = [submitter_runs(job) for job in newest.jobs]
+    ended = {(job.array, job.submitted_at) for job in newest.jobs if job.has_ended}
+    drives = [
+        submitter_runs(job) for job in newest.jobs if (job.array, job.submitted_at) not in ended
+    ]
     return Life(
         waiting=any(drives) or (None in drives and not attempts),
         unasked=f"whether processes on {named}{more} still run" if unseen else "",

@@ -159,7 +159,8 @@ class Outcome(msgspec.Struct, frozen=True):
 class JobRecord(msgspec.Struct, frozen=True):
     """What was submitted for a round; one file in ``jobs/`` for each submission.
 
-    ``array`` names its job arrays, or its single jobs, with commas between them.
+    ``array`` names its job arrays, or its single jobs, with commas between them; of a round on
+    one machine the process that drives it, and ``has_ended`` that it does so no more.
     """
 
     cluster: str
@@ -169,6 +170,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     job_name: str = ""
     tasks: int = 0
     submitted_at: str = ""
+    has_ended: bool = False
 
     @property
     def job_ids(self) -> list[str]:

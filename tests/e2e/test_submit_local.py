@@ -10,10 +10,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import hpcresume as hr
 from hpcresume.run.directory import RunDir
 from hpcresume.segment.segment import open_segment
 from tests.support.cli import Command, wait_until
@@ -352,6 +354,89 @@ def test_finish_runs_once(desk: Desk) -> None:
 
     assert "45" == (desk.path / "run/finish/total.txt").read_text()
     assert ["once"] == lines(desk.path / "finished")
+
+
+FINISHED = """
+def half(i):
+    return 10 // (i - 2 if FAILS else 7)
+
+def count(rows, out):
+    if FINISH_FAILS:
+        raise ValueError("finish broke")
+    with open("finished", "a") as times:
+        times.write("once\\n")
+    (out / "count.txt").write_text(str(sum(1 for _ in rows)))
+
+def pipeline(n: int = 5):
+    return hr.Pipeline(name="half", sources=hr.indexed(n), stages=[half], finish=count)
+"""
+
+
+def test_finish_runs_again_when_more_is_complete(desk: Desk) -> None:
+    """
+    A list that has grown, and quarantined sources that were tried again, have their results in
+    what ``finish`` makes, and nothing of the time before stays.
+    """
+    desk.write("p.py", "FAILS, FINISH_FAILS = True, False\n" + FINISHED)
+    assert 1 == desk.submit("p.py", "--run-dir", "run", "--max-attempts", "1").code
+    made = desk.path / "run/finish"
+    assert "4" == (made / "count.txt").read_text()
+    (made / "of the first time").touch()
+
+    desk.write("p.py", "FAILS, FINISH_FAILS = False, False\n" + FINISHED)
+    ok(desk.submit("p.py", "--run-dir", "run", "--retry-quarantined", "--accept-changes"))
+    assert "5" == (made / "count.txt").read_text()
+    ok(desk.submit("p.py", "--run-dir", "run", "-P", "n=7", "--accept-changes"))
+    assert "7" == (made / "count.txt").read_text()
+    ok(desk.submit("p.py", "--run-dir", "run", "-P", "n=7"))
+
+    assert ["once"] * 3 == lines(desk.path / "finished")
+    assert ["count.txt"] == [p.name for p in made.iterdir() if not p.name.startswith(".")]
+    assert [] == list(desk.path.glob("run/.tmp-finish*"))
+
+
+def test_finish_that_fails_stops_the_run(desk: Desk) -> None:
+    """What ``finish`` raised is why the run stopped; after a repair it runs, and no source does."""
+    desk.write("p.py", "FAILS, FINISH_FAILS = False, True\n" + FINISHED)
+    failed = desk.submit("p.py", "--run-dir", "run", "--on-end", "sh -c 'cat > ended.json'")
+    status = hr.Run(desk.path / "run").status()
+    desk.write("p.py", "FAILS, FINISH_FAILS = False, False\n" + FINISHED)
+    mended = desk.submit("p.py", "--run-dir", "run", "--accept-changes")
+
+    assert "Traceback" in failed.err
+    assert "finish=count raised ValueError: finish broke" in failed.err
+    assert "bug in hpcresume" not in failed.err
+    assert ("stopped", 5) == (status["state"], status["sources"]["completed"])
+    assert "ValueError: finish broke" in status["reason"]
+    assert "stopped" == json.loads((desk.path / "ended.json").read_text())["state"]
+    ok(mended, "5: 0 new, 5 done, 0 left", "complete")
+    assert "5" == (desk.path / "run/finish/count.txt").read_text()
+
+
+def test_a_process_that_lives_on_drives_no_run(desk: Desk) -> None:
+    """After ``hr.submit``, ended or interrupted, the living process is not waited for."""
+    desk.write("p.py", "def pipeline():\n    return hr.Pipeline('p', hr.indexed(3), [work])\n"
+               "def work(i):\n    import os, signal, time\n"
+               "    if os.path.exists('interrupt'):\n"
+               "        os.kill(int(open('interrupt').read()), signal.SIGINT); time.sleep(60)\n"
+               "    return i\n")  # fmt: skip
+    script = """
+import os, sys, hpcresume as hr
+settings = {"task": {"engine": "inline", "local_dir": sys.argv[1], "drain_s": 1}}
+for name in ("first", "second"):
+    if name == "second":
+        open("interrupt", "w").write(str(os.getpid()))
+    try:
+        run = hr.submit("p.py", run_dir=name, cluster="local", settings=settings)
+    except KeyboardInterrupt:
+        print("interrupted")
+        run = hr.Run(name)
+    status = run.wait(timeout_s=20)
+    print(status["state"], status["rounds"][-1]["state"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(desk.local)], cwd=desk.path,
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert "complete ended\ninterrupted\ninterrupted ended\n" == done.stdout, done.stderr
 
 
 def test_retry_quarantined(desk: Desk) -> None:
