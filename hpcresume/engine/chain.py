@@ -442,8 +442,11 @@ class _Call:
         out, count = _Items(), self.counts[number]
         full: dict[ItemPath, ItemPath] = {}
         for slot, path, values in zip(items.slots, items.paths, fan_outs, strict=True):
+            if slot in self.failures:
+                await self._fan_out(number, slot, path, values, out)  # which closes it
+                continue
             start = time.perf_counter()
-            children, error = ([], None) if slot in self.failures else _begin(values)
+            children, error = _begin(values)
             count.seconds += time.perf_counter() - start
             made = len(children)
             if error is None and 0 < made < _DRAW_ITEMS and _are_plain(children):
@@ -553,6 +556,9 @@ class _Call:
         while len(answers) < len(items):
             try:
                 answers.extend(map(function, remaining))
+                if len(answers) < len(items):
+                    # To map() this exception of the function's is the end of the items.
+                    answers.append(_Raised(StopIteration("raised by the stage")))
             except _BEYOND_THE_ITEM:
                 raise
             except BaseException as error:
@@ -855,16 +861,14 @@ def _child_paths(parent: ItemPath, n: int, count: int) -> list[ItemPath]:
     """Return the paths of what a fan-out makes from one path, from its ``n``-th item on."""
     if n + count > _DRAW_ITEMS:
         return [ItemPath((*parent, k)) for k in range(n, n + count)]
-    first = _first_children(parent)
-    while len(first) < n + count:
-        first.append(ItemPath((*parent, len(first))))
-    return first[n : n + count]
+    power = max(0, n + count - 1).bit_length()
+    return _first_children(parent, 1 << power)[n : n + count]
 
 
-@functools.lru_cache(maxsize=64)
-def _first_children(_parent: ItemPath) -> list[ItemPath]:
-    """Return what is known of the paths of a path's first children: sources share them."""
-    return []
+@functools.lru_cache(maxsize=1024)
+def _first_children(parent: ItemPath, count: int) -> list[ItemPath]:
+    """Return the paths of a path's first children, which all sources share."""
+    return [ItemPath((*parent, k)) for k in range(count)]
 
 
 def _travelling(rows: list[Any]) -> list[bytes]:

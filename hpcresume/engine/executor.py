@@ -420,7 +420,7 @@ class Executor:
             self._broken(state, worker, chunk, result.broken)
         else:
             worker.fruitless = 0
-            self._learn(state, chunk, result)
+            self._learn(state, chunks, result)
             self._account(chunk, result)
             # Last, since a broken stage ends the run here and what succeeded must stay.
             failures = self._without_starved(chunk, result.failures)
@@ -433,26 +433,31 @@ class Executor:
             worker.begun = oldest
             self._listener.began(oldest)
 
-    def _learn(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
-        self._note_pace(state, chunk, result)
-        per_item = result.seconds / max(1, len(chunk))
+    def _learn(self, state: GroupState, chunks: Sequence[Chunk], result: ChunkResult) -> None:
+        self._note_pace(state, chunks, result)
+        per_item = result.seconds / max(1, sum(map(len, chunks)))
         known = state.seconds_per_item
         state.seconds_per_item = per_item if not known else 0.7 * known + 0.3 * per_item
         for total, part in zip(state.counts, result.counts, strict=True):
             total.add(part)
 
-    def _note_pace(self, state: GroupState, chunk: Chunk, result: ChunkResult) -> None:
+    def _note_pace(self, state: GroupState, chunks: Sequence[Chunk], result: ChunkResult) -> None:
+        if self._assembly is not None or not result.completed:
+            return
+        pace, failed = self._admission.pace, {failure.slot for failure in result.failures}
+        if len(chunks) > 1:
+            # Each of one item, and as long as it took by itself.
+            for slot, (chunk, seconds) in enumerate(zip(chunks, result.took, strict=True)):
+                weight = chunk.inputs.total_weight()
+                if slot not in failed and weight > 0:
+                    pace.note(seconds / weight, 1)
+            return
+        (chunk,) = chunks
         weight = chunk.inputs.total_weight()
-        if self._assembly is None and result.completed and weight > 0:
-            if len(result.took) > 1:
-                failed = {failure.slot for failure in result.failures}
-                for slot, seconds in enumerate(result.took):
-                    if slot not in failed:
-                        self._admission.pace.note(seconds * len(chunk) / weight, 1)
-                return
+        if weight > 0:
             # Of a batch, every source takes as long as all of it.
             shared = len(chunk) if state.group.batch_size > 1 else 1
-            self._admission.pace.note(result.seconds * shared / weight, result.completed)
+            pace.note(result.seconds * shared / weight, result.completed)
 
     def _account(self, chunk: Chunk, result: ChunkResult) -> None:
         if self._assembly is None:

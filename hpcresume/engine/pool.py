@@ -229,7 +229,9 @@ class InlinePool:
             asyncio.get_running_loop().call_soon(self._begin)
 
     async def _run_call(self, worker: WorkerRef, call: int, inputs: Inputs) -> None:
-        chain = self._chains[worker]
+        chain = self._chains.get(worker)
+        if chain is None:
+            return  # it was retired before this call's turn came, and its calls run elsewhere
         try:
             if len(inputs) > 1:
                 self._tell(Finished([call], await chain.run(inputs, marked=False)))

@@ -642,3 +642,44 @@ def test_fan_out_of_many_items_stays_bounded(case: ChainCase) -> None:
 
     chain = case.make([fat, lambda data: None if len(data) == 1000 else data])
     assert _peak_bytes(chain, 50_000) < 4 << 20
+
+
+def test_stop_iteration_is_the_failure_of_its_item(case: ChainCase) -> None:
+    """A function that raises it, as next() does, fails its own item and moves no other."""
+    result = case.run([lambda values: next(iter(values))], [[1], [], [3], []])
+    assert {0: [1], 2: [3]} == rows(result)
+    assert {1: "StopIteration", 3: "StopIteration"} == {
+        slot: failure.kind for slot, failure in failed(result).items()
+    }
+
+
+def test_fan_out_of_a_source_that_has_failed_is_closed_at_once(case: ChainCase) -> None:
+    """A generator that its stage had begun runs its clean-up, and no further item of it is made."""
+    log: list[str] = []
+
+    def pairs(x: str) -> Iterator[tuple[str, int]]:
+        yield x, 0
+        yield x, 1
+
+    def lines(pair: tuple[str, int]) -> Iterator[int]:
+        def reading() -> Iterator[int]:
+            try:
+                yield -1
+                if pair[1] == 0:
+                    raise ValueError("unreadable")
+                log.append("drawn")
+                yield 1
+            finally:
+                log.append(f"closed {pair[1]}")
+
+        opened = reading()
+        next(opened)
+        return opened
+
+    def last(n: int) -> int:
+        log.append("passed on")
+        return n
+
+    result = case.run([pairs, lines, last], ["a"])
+    assert ["unreadable"] == [failure.message for failure in result.failures]
+    assert ["closed 0", "closed 1"] == log

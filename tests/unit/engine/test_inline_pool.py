@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 
 import hpcresume as hr
 from hpcresume.engine.calls import Inputs
+from hpcresume.engine.executor import Executor, Limits
 from hpcresume.engine.groups import make_groups
 from hpcresume.engine.pool import Finished, InlinePool, Started, WorkerRef
 from hpcresume.pipeline.sources import encode_payload
+from tests.unit.engine.pools import ListFeed, Outcomes
 
 DEADLINE_S = 20
 WORKER = WorkerRef(0, 0, 1)
@@ -206,3 +210,58 @@ def test_large_rows_are_told_in_several_frames(tmp_path: Path) -> None:
     release.set()
     assert [6] == finished(pool, 1)
     pool.close(DEADLINE_S)
+
+
+def run_all(directory: Path, stage: Any, count: int, *, tick_s: float = 0.0, **feed: Any) -> Any:
+    """Run sources 0, 1, ... through an executor that is busy between its events; return it."""
+    pipeline = hr.Pipeline("p", ["unused"], [stage])
+    groups = make_groups(pipeline.stages, cpus=1)
+    pool = InlinePool(
+        pipeline, groups, run_id="run", scratch=directory, outputs=None, seconds_left=lambda: None
+    )
+    sources = ListFeed(list(range(count)))
+    sources.weights = feed.get("weights", {})
+    executor = Executor(groups, pool, sources, Outcomes(), Limits(chunk_max=1))
+
+    def tick() -> bool:
+        if executor.in_flight:
+            time.sleep(tick_s)
+        return True
+
+    executor.start()
+    assert executor.run(tick)
+    pool.close(DEADLINE_S)
+    return executor
+
+
+def test_joined_answers_are_paced_by_their_own_weights(tmp_path: Path) -> None:
+    """What sources took per unit of weight is known although their answers came together."""
+    weights = {source: 31.0 if source % 4 == 3 else 1.0 for source in range(12)}
+
+    @hr.stage(max_concurrency=12)
+    async def work(source: int) -> int:
+        await asyncio.sleep(0.02 * weights[source])
+        return source
+
+    executor = run_all(tmp_path, work, 12, tick_s=0.8, weights=weights)
+    assert 12 == executor.completed
+    assert 0.02 <= executor._admission.pace.likely() < 0.05
+
+
+def test_calls_that_begin_after_their_worker_was_retired(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They run in the next worker, and the event loop has nothing to complain of."""
+    broken: list[int] = []
+
+    @hr.stage(max_concurrency=40)
+    async def work(source: int) -> Any:
+        time.sleep(0.01)  # noqa: ASYNC251  # so that others wait for their turn
+        if source == 0 and not broken:
+            broken.append(source)
+            return hr.WorkerBroken("once")
+        return source
+
+    assert 40 == run_all(tmp_path, work, 40).completed
+    gc.collect()
+    assert [] == [record for record in caplog.records if record.name == "asyncio"]
