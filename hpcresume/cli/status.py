@@ -22,6 +22,7 @@ from hpcresume.cli.common import (
     run_argument,
     say,
 )
+from hpcresume.observe.words import human_share
 
 if TYPE_CHECKING:
     from hpcresume.observe.status import Status
@@ -141,8 +142,8 @@ def status_lines(found: Status) -> list[str]:
 
 def _source_lines(found: Status) -> list[str]:
     sources = found.sources
-    share = 100 * sources.completed / sources.total if sources.total else 100.0
-    done = f"{sources.completed:,} of {sources.total:,} completed ({share:.1f} %)"
+    share = human_share(sources.completed, sources.total)
+    done = f"{sources.completed:,} of {sources.total:,} completed ({share})"
     quarantined = f"{sources.quarantined:,} quarantined ({found.tolerated:,} tolerated)"
     lines = [
         f"sources   {done}, {sources.remaining:,} remaining",

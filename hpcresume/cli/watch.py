@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpcresume.cli.common import human_count, human_duration, human_rate
+from hpcresume.observe.words import human_share
 
 if TYPE_CHECKING:
     from hpcresume.observe.status import Status, TaskStatus
@@ -126,9 +127,9 @@ def _head(found: Status, width: int) -> list[RenderableType]:
         no_wrap=True,
     )
     sources = found.sources
-    share = 100 * sources.completed / sources.total if sources.total else 100.0
+    share = human_share(sources.completed, sources.total)
     counts = Text.assemble(
-        f"{sources.completed:,} of {sources.total:,} done ({share:.1f} %)  ",
+        f"{sources.completed:,} of {sources.total:,} done ({share})  ",
         (f"{sources.at_risk:,} at risk  ", "yellow" if sources.at_risk else "dim"),
         (f"{sources.failing:,} failing  ", "magenta" if sources.failing else "dim"),
         (f"{sources.quarantined:,} quarantined", "red" if sources.quarantined else "dim"),

@@ -32,6 +32,25 @@ def human_duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def human_seconds(seconds: float) -> str:
+    """Return a duration that may be short, ``1.5 ms``; from a minute on as the long ones."""
+    # The unit is that of what is shown: 0.9996 s are 1 s, not 1000 ms.
+    shown = float(f"{seconds:.3g}")
+    if shown >= 60:
+        return human_duration(seconds)
+    if shown >= 1:
+        return f"{shown:.3g} s"
+    if shown >= 1e-3:
+        return f"{shown * 1e3:.3g} ms"
+    return f"{shown * 1e6:.3g} µs"
+
+
+def human_share(part: int, total: int) -> str:
+    """Return a part in percent, rounded down so that only all is 100; all of nothing is all."""
+    tenths = 1000 * part // total if total else 1000
+    return f"{tenths // 10}.{tenths % 10} %"
+
+
 def human_rate(per_s: float | None) -> str:
     """Return a rate in the unit that leaves a readable number; ``?`` where unknown."""
     if per_s is None:

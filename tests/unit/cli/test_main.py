@@ -14,6 +14,7 @@ import pytest
 import hpcresume.cli as cli_module
 from hpcresume.cli.common import human_bytes, human_count, human_duration, human_rate, last_run, say
 from hpcresume.errors import InternalError, LocalStorageError, UsageError
+from hpcresume.observe.words import human_seconds, human_share
 from tests.support.runs import make_run
 
 HEAVY = ("ray", "submitit", "pyarrow", "jinja2", "rich", "lmdb", "psutil", "cloudpickle")
@@ -261,4 +262,30 @@ def test_numbers_for_people():
     )
     assert ("?", "0.0/s", "1,500.0/s", "30.0/min", "36.0/h") == tuple(
         map(human_rate, (None, 0.0, 1500, 0.5, 0.01))
+    )
+
+
+def test_short_durations_have_the_unit_of_what_is_shown():
+    """Three digits below a minute, none of them a power of ten; longer ones as elsewhere."""
+    expected = (
+        "250 µs",
+        "1 ms",
+        "999 ms",
+        "1 s",
+        "59.9 s",
+        "1 min 00 s",
+        "20 min 34 s",
+        "2 d 00 h",
+    )
+    given = (0.00025, 0.0009996, 0.9994, 0.9996, 59.94, 59.96, 1234.4, 2 * 86400)
+
+    assert expected == tuple(map(human_seconds, given))
+
+
+def test_a_share_is_rounded_down():
+    """Only all is 100 %, and all of nothing is all."""
+    given = ((999_999, 1_000_000), (1, 3), (3, 3), (0, 7), (0, 0))
+
+    assert ("99.9 %", "33.3 %", "100.0 %", "0.0 %", "100.0 %") == tuple(
+        human_share(part, total) for part, total in given
     )
