@@ -1,7 +1,7 @@
 """A run's report: one HTML page that needs no network.
 
 What the page shows as numbers is ``status --json``; the plots add what only all attempts
-together tell: when each one ran, how fast the run was over time, and what was done twice.
+together tell: when each one ran, how fast the run was over time, and what was published twice.
 Plots are drawn in the reader's browser by Observable Plot, which is small enough to be carried
 within the page, draws SVG that prints, and takes its colours from the page.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ import orjson
 
 from hpcresume.errors import CorruptDataError, SharedStorageError, UsageError
 from hpcresume.fs import replace_file
-from hpcresume.observe.failures import failed_sources
+from hpcresume.merge.packs import Packs, key_of
+from hpcresume.observe.failures import FailedSource, failed_sources
 from hpcresume.observe.reading import AttemptFiles, Reader
-from hpcresume.observe.status import ENDED_STATES, Status, Watcher, ending
-from hpcresume.observe.words import human_duration, human_rate
-from hpcresume.run.directory import RunDir
-from hpcresume.segment.segment import Progress, open_segment
+from hpcresume.observe.status import FailureGroup, Status, Watcher, ending
+from hpcresume.observe.words import human_duration, human_rate, human_seconds, human_share
+from hpcresume.run.directory import RunDir, SegmentName
+from hpcresume.segment.segment import Progress, Writer
 
 _MOST_ATTEMPTS = 600
 """Attempts that the timeline draws: more would be thinner than a pixel."""
@@ -58,7 +60,15 @@ class Ran:
 
 @dataclass(frozen=True)
 class Twice:
-    """Attempts that ended alike: sources they completed, and those of them that do not count."""
+    """Attempts that ended alike, and what they did beyond what counts.
+
+    Attributes:
+        ending: How they ended.
+        attempts: How many there are.
+        completed: Sources that they completed and published.
+        again: Those of them that another attempt had published first.
+        failed: Items that failed, over all their tries.
+    """
 
     ending: str
     attempts: int
@@ -92,10 +102,9 @@ def render_page(reader: Reader, status: Status) -> str:
     """Return the report as one HTML page."""
     from jinja2 import Environment, StrictUndefined
 
-    attempts = [attempt for round_ in reader.rounds for attempt in round_.attempts]
     now = time.time()
-    ran = [one for attempt in attempts if (one := _ran(attempt, now)) is not None]
-    drawn = _drawn(ran)
+    ran = attempts_that_ran(reader, now)
+    drawn, total = _drawn(ran), status.sources.total
     page = files("hpcresume") / "observe" / "page"
     assets = {
         "css": "report.css", "script": "report.js", "d3": "d3.min.js", "plot": "plot.umd.min.js"
@@ -104,35 +113,36 @@ def render_page(reader: Reader, status: Status) -> str:
     template = environment.from_string((page / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         **{name: (page / file).read_text(encoding="utf-8") for name, file in assets.items()},
-        **_words(reader, status, ran),
-        data=_plots(reader, status, attempts, ran, drawn),
+        **_words(reader, status, ran, now),
+        data=_plots(reader, status, ran, drawn),
         shown=len(drawn),
         sampled=len(drawn) < len(ran),
-        twice=work_done_twice(reader),
+        twice=work_published_twice(reader),
         **_FORMATS,
-        percent=lambda part: f"{100 * part / max(1, status.sources.total):.2f}",
+        # Of no sources all are done, as the share in words says.
+        percent=lambda part: f"{100 * part / total:.2f}" if total else "100",
     )
 
 
-def _words(reader: Reader, status: Status, ran: list[Ran]) -> dict[str, Any]:
+def _words(reader: Reader, status: Status, ran: list[Ran], now: float) -> dict[str, Any]:
     """Return what the page says in words and tables."""
-    total, info = status.sources.total, reader.run.info
+    sources, info = status.sources, reader.run.info
     early = {kind: n for kind, n in status.endings.items() if kind != "done"}
     longest = sorted(ran, key=lambda one: -one.elapsed_s)
     failed = failed_sources(reader.manifest, reader.union)
     settings = reader.rounds[-1].plan.settings if reader.rounds else {}
     return {
         "status": status,
-        "ended": ENDED_STATES,
-        "share": f"{100 * status.sources.completed / total:.1f} %" if total else "100 %",
-        "span_s": max((r.end for r in ran), default=0) - min((r.start for r in ran), default=0),
+        "share": human_share(sources.completed, sources.total),
+        "span_s": _span_s(ran, now=None if status.ended else now),
         "attempts": len(ran),
         "tasks": len({(one.round, one.task) for one in ran}),
         "early": sum(early.values()),
         "early_kinds": ", ".join(f"{n:,} {kind}" for kind, n in early.items()),
         "stragglers": longest[:_STRAGGLERS] if len(ran) > 1 else [],
         "median_s": statistics.median(one.elapsed_s for one in ran) if ran else 0.0,
-        "examples": _one_of_each(failed),
+        "examples": _tracebacks(status.failures, failed),
+        "codes": _codes(reader),
         "settings": list(_flat("", settings)),
         "target": info.target,
         "created_by": info.version,
@@ -141,14 +151,35 @@ def _words(reader: Reader, status: Status, ran: list[Ran]) -> dict[str, Any]:
     }
 
 
-def _one_of_each(failed: list[Any]) -> list[Any]:
-    kinds = {(one.stage, one.kind, one.message): one for one in reversed(failed)}
-    return list(kinds.values())[:_EXAMPLES]
+def _span_s(ran: list[Ran], *, now: float | None) -> float:
+    """Return the seconds from the first start to now, or to the last end where it has ended."""
+    if not ran:
+        return 0.0
+    end = max(one.end for one in ran) if now is None else now
+    # The clock of another host may be ahead.
+    return max(0.0, end - min(one.start for one in ran))
 
 
-def _plots(
-    reader: Reader, status: Status, attempts: list[AttemptFiles], ran: list[Ran], drawn: list[Ran]
-) -> str:
+def _tracebacks(groups: list[FailureGroup], failed: list[FailedSource]) -> list[FailedSource]:
+    """Return one source with a traceback of each of the largest groups that have one."""
+    first: dict[tuple[str, str, str], FailedSource] = {}
+    for one in failed:
+        if one.traceback.strip():
+            first.setdefault((one.stage, one.kind, one.message), one)
+    found = (first.get((group.stage, group.kind, group.message)) for group in groups)
+    return list(islice(filter(None, found), _EXAMPLES))
+
+
+def _codes(reader: Reader) -> dict[str, list[int]]:
+    """Return the code snapshots that attempts ran, each with its rounds."""
+    codes: dict[str, list[int]] = {}
+    for round_ in reader.rounds:
+        if round_.attempts:
+            codes.setdefault(f"{round_.plan.code:04d}", []).append(round_.number)
+    return codes
+
+
+def _plots(reader: Reader, status: Status, ran: list[Ran], drawn: list[Ran]) -> str:
     """Return what the plots are drawn from, as JSON that may stand within a page."""
     # The page needs no line for each of 10,000 tasks a second time.
     plain = {**status.to_dict(), "tasks": []}
@@ -159,19 +190,29 @@ def _plots(
                 r.round,
                 r.task,
                 r.attempt,
-                round(r.start),
-                round(r.end),
+                round(r.start, 3),
+                round(r.end, 3),
                 r.ending,
                 r.host,
                 r.completed,
             )
             for r in drawn
         ],
-        "throughput": throughput(reader.run, attempts, ran),
-        "durations": [round(one.elapsed_s) for one in ran],
+        "throughput": throughput(reader, ran),
+        "durations": [round(one.elapsed_s, 1) for one in ran],
     }
     text = orjson.dumps(data, option=orjson.OPT_NON_STR_KEYS).decode()
     return text.replace("<", "\\u003c")
+
+
+def attempts_that_ran(reader: Reader, now: float) -> list[Ran]:
+    """Return the attempts that have told when they started; ``now`` ends those that run."""
+    found = (_ran(attempt, now) for attempt in _attempts(reader))
+    return [one for one in found if one is not None]
+
+
+def _attempts(reader: Reader) -> list[AttemptFiles]:
+    return [attempt for round_ in reader.rounds for attempt in round_.attempts]
 
 
 def _ran(attempt: AttemptFiles, now: float) -> Ran | None:
@@ -208,9 +249,7 @@ def _drawn(ran: list[Ran]) -> list[Ran]:
 # -- what all attempts together tell --------------------------------------------------------------
 
 
-def throughput(
-    run: RunDir, attempts: list[AttemptFiles], ran: list[Ran]
-) -> list[tuple[float, float, float, int]]:
+def throughput(reader: Reader, ran: list[Ran]) -> list[tuple[float, float, float, int]]:
     """Return start, end, sources per second and attempts at work of equal parts of the run."""
     begin, end = min((r.start for r in ran), default=0), max((r.end for r in ran), default=0)
     if end <= begin:
@@ -224,16 +263,14 @@ def throughput(
     for one in ran:
         for number in range(place(one.start), place(one.end) + 1):
             at_work[number] += 1
-    per_attempt = max(2, _MOST_FOOTERS // max(1, len(attempts)))
-    for attempt in attempts:
-        for start, stop, sources in _steps(run, attempt, most=per_attempt):
-            first, last = place(start), place(stop)
-            for number in range(first, last + 1):
-                done[number] += sources / (last - first + 1)
+    for start, stop, sources in _steps(reader):
+        first, last = place(start), place(stop)
+        for number in range(first, last + 1):
+            done[number] += sources / (last - first + 1)
     return [
         (
-            round(begin + n * width, 1),
-            round(begin + (n + 1) * width, 1),
+            round(begin + n * width, 3),
+            round(begin + (n + 1) * width, 3),
             done[n] / width,
             at_work[n],
         )
@@ -241,29 +278,48 @@ def throughput(
     ]
 
 
-def _steps(run: RunDir, attempt: AttemptFiles, *, most: int) -> Iterator[tuple[float, float, int]]:
-    """Yield when an attempt completed how many sources, from some of its segments."""
-    at, completed = attempt.started_at or 0.0, 0
-    for progress in _progress(run, attempt, most=most):
-        if progress.completed > completed:
-            yield at, max(at, progress.written_at), progress.completed - completed
-        at, completed = max(at, progress.written_at), max(completed, progress.completed)
+def _steps(reader: Reader) -> Iterator[tuple[float, float, int]]:
+    """Yield from when to when attempts completed how many sources, from some of their segments."""
+    attempts, segments = _attempts(reader), _Segments(reader)
+    most = max(2, _MOST_FOOTERS // max(1, len(attempts)))
+    for attempt in attempts:
+        at, completed = attempt.started_at or 0.0, 0
+        for progress in segments.progress(attempt, most=most):
+            if progress.completed > completed:
+                yield at, max(at, progress.written_at), progress.completed - completed
+            at, completed = max(at, progress.written_at), max(completed, progress.completed)
 
 
-def _progress(run: RunDir, attempt: AttemptFiles, *, most: int) -> Iterator[Progress]:
-    names = sorted(run.segments(attempt.ref), key=lambda name: name.seq)
-    step = max(1, len(names) // most)
-    # The last one tells how far it came.
-    for name in [*names[:-1][::step], *names[-1:]]:
-        try:
-            yield open_segment(run.fs, run.segment_path(name), run_id=run.run_id).footer.progress
-        except (CorruptDataError, SharedStorageError, FileNotFoundError):
-            # A damaged one leaves a gap in a curve; the status tells of it.
-            continue
+class _Segments:
+    """Opens an attempt's segments, under their own names and in packs."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._run, self._pack_of = reader.run, reader.union.pack_of
+        self._packs = Packs(reader.run)
+        self._packed: dict[Writer, list[str]] = defaultdict(list)
+        for writer, name in self._pack_of:
+            self._packed[writer].append(name)
+
+    def progress(self, attempt: AttemptFiles, *, most: int) -> Iterator[Progress]:
+        """Yield how an attempt stood when it sealed its segments, about ``most`` of them."""
+        listed = {segment.name for segment in self._run.segments(attempt.ref)}
+        held = self._packed.get(attempt.writer, [])
+        names = [SegmentName(attempt.ref, name) for name in {*listed, *held}]
+        names.sort(key=lambda name: name.seq)
+        step = max(1, len(names) // most)
+        # The last one tells how far it came.
+        for name in [*names[:-1][::step], *names[-1:]]:
+            key = key_of(name)
+            number = 0 if name.name in listed else self._pack_of[key]
+            try:
+                yield self._packs.segment(key, number).footer.progress
+            except (CorruptDataError, SharedStorageError, FileNotFoundError):
+                # A damaged one leaves a gap in a curve; the status tells of it.
+                continue
 
 
-def work_done_twice(reader: Reader) -> list[Twice]:
-    """Return what attempts completed that does not count, and failed tries, by how they ended."""
+def work_published_twice(reader: Reader) -> list[Twice]:
+    """Return what attempts published that does not count, and failed items, by how they ended."""
     counted: Counter[Any] = Counter()
     for (writer, _), won in reader.union.won.items():
         counted[writer] += len(won)
@@ -295,13 +351,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _per_item(stage: Any) -> str:
-    if not stage.items_in:
-        return ""
-    seconds = stage.seconds / stage.items_in
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return human_seconds(stage.seconds / stage.items_in) if stage.items_in else ""
 
 
 def _version() -> str:

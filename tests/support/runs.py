@@ -66,6 +66,7 @@ class MadeRun:
         generation: int = 0,
         cluster: str = "local",
         site: Mapping[str, Any] | None = None,
+        code: int = 1,
     ) -> None:
         """Plan a round over what is left."""
         left = bitmaps.span(0, len(self.ids)) - self.union().settled()
@@ -73,7 +74,7 @@ class MadeRun:
         settings = {"run": {"max_attempts": self.max_attempts}, "site": dict(site or {})}
         launch = Launch(cluster=cluster, array=len(shards))
         footer = PlanFooter(
-            self.run.run_id, round_, generation, 1, len(left), len(shards), settings, launch
+            self.run.run_id, round_, generation, code, len(left), len(shards), settings, launch
         )
         write_plan(self.run, footer, shards)
 

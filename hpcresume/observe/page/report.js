@@ -23,9 +23,9 @@ function put(id, plot, caption) {
   figure.prepend(plot);
   if (caption) figure.querySelector("figcaption").textContent = caption;
 }
-// Days only where there are several; hours as a log has them.
+// Days only where there are several; hours as a log has them; parts of seconds where ticks need them.
 const span = data.attempts.length ? Math.max(...data.attempts.map((one) => one[4])) - Math.min(...data.attempts.map((one) => one[3])) : 0;
-const clock = d3.utcFormat(span > 36 * 3600 ? "%d %b %H:%M" : span > 600 ? "%H:%M" : "%H:%M:%S");
+const clock = d3.utcFormat(span > 36 * 3600 ? "%d %b %H:%M" : span > 600 ? "%H:%M" : span > 20 ? "%H:%M:%S" : "%H:%M:%S.%L");
 const time = { type: "utc", label: null, tickFormat: clock, ticks: 8 };
 const style = { background: "transparent", color: "currentColor", fontSize: "12px", overflow: "visible" };
 
@@ -60,7 +60,7 @@ function throughput() {
     width, height: 220, style, marginLeft: 64,
     x: time, y: { label: "sources per second", grid: true, zero: true },
     marks: [
-      Plot.rectY(bins, { x1: "start", x2: "end", y: "rate", fill: css("--accent"), fillOpacity: 0.75,
+      Plot.rectY(bins, { x1: "start", x2: "end", y1: 0, y2: "rate", fill: css("--accent"), fillOpacity: 0.75,
         title: (bin) => `${bin.rate.toPrecision(3)} sources/s, ${bin.tasks} tasks at work` }),
       Plot.ruleY([0]),
     ],
@@ -68,7 +68,7 @@ function throughput() {
   put("at-work", Plot.plot({
     width, height: 130, style, marginLeft: 64,
     x: time, y: { label: "tasks at work", grid: true, zero: true, ticks: 2, tickFormat: "d" },
-    marks: [Plot.rectY(bins, { x1: "start", x2: "end", y: "tasks", fill: css("--good"), fillOpacity: 0.6 }), Plot.ruleY([0])],
+    marks: [Plot.rectY(bins, { x1: "start", x2: "end", y1: 0, y2: "tasks", fill: css("--good"), fillOpacity: 0.6 }), Plot.ruleY([0])],
   }));
 }
 

@@ -4,22 +4,70 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from html import unescape
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from hpcresume.cli import cli
+from hpcresume.cli.status import status_lines
+from hpcresume.cli.watch import View, frame
 from hpcresume.errors import UsageError
 from hpcresume.observe.reading import Reader
-from hpcresume.observe.report import throughput, work_done_twice, write_report
+from hpcresume.observe.report import (
+    attempts_that_ran,
+    throughput,
+    work_published_twice,
+    write_report,
+)
 from hpcresume.observe.status import read_status
-from hpcresume.segment.segment import Progress
+from hpcresume.segment.segment import Progress, StageCount
 from tests.support import browser
 from tests.support.many import PER_TASK, make_many
-from tests.support.runs import make_run
+from tests.support.runs import MadeRun, make_run
 
 FIGURES = ("timeline", "throughput", "at-work", "rounds", "endings", "spread", "durations")
+STARTED = "2026-01-01T00:00:00+00:00"
+STARTED_AT = datetime.fromisoformat(STARTED).timestamp()
+
+
+def written(made: MadeRun) -> str:
+    """Return the report of a run as it is in its file."""
+    output = made.scratch / "report.html"
+    write_report(made.run, output)
+    return output.read_text()
+
+
+def seen(made: MadeRun) -> str:
+    """Return the words of a run's report, without its tags, styles and scripts."""
+    text = re.sub(r"<(style|script)\b.*?</\1>", "", written(made), flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", text)).split())
+
+
+def data_of(page: str) -> dict:
+    """Return what a page's plots are drawn from."""
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return json.loads(data)
+
+
+def read(made: MadeRun) -> Reader:
+    """Return a reader that has read a run."""
+    reader = Reader(made.run)
+    reader.refresh()
+    return reader
+
+
+def publish_in_steps(made: MadeRun, steps: int, *, step_s: float) -> None:
+    """Publish all sources in equal steps, by one attempt that then is done."""
+    ref, each = made.attempt(started_at=STARTED), len(made.ids) // steps
+    for n in range(steps):
+        elapsed_s, done = (n + 1) * step_s, (n + 1) * each
+        progress = Progress(elapsed_s, STARTED_AT + elapsed_s, completed=done)
+        made.publish(ref, [range(n * each, done)], seq=n + 1, progress=progress)
+    made.end(ref, completed=len(made.ids), elapsed_s=steps * step_s)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +153,7 @@ def test_what_users_wrote_is_text_and_no_markup(tmp_path):
 
     assert nasty not in text
     assert nasty in unescape(text)
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
-    assert nasty == json.loads(data)["status"]["failures"][0]["message"]
+    assert nasty == data_of(text)["status"]["failures"][0]["message"]
 
 
 def test_a_run_that_has_not_begun_has_a_report(tmp_path):
@@ -125,19 +172,173 @@ def test_throughput_adds_up_to_what_was_completed(tmp_path):
     reader = Reader(run)
     reader.refresh()
     attempts = [attempt for round_ in reader.rounds for attempt in round_.attempts]
-    from hpcresume.observe.report import _ran
-
-    ran = [
-        one for attempt in attempts if (one := _ran(attempt, 0.0 + attempts[0].started_at + 900))
-    ]
-    bins = throughput(run, attempts, ran)
+    ran = attempts_that_ran(reader, attempts[0].started_at + 900)
+    bins = throughput(reader, ran)
     total = sum(rate * (end - start) for start, end, rate, _ in bins)
 
     assert sum(attempt.completed for attempt in attempts) == pytest.approx(total, rel=0.02)
 
 
+def two_attempts_of_two_seconds(directory: Path) -> MadeRun:
+    """Two tasks that ran side by side for two seconds and completed 20 sources each."""
+    made = make_run(directory, sources=40, tasks=2)
+    for task in (0, 1):
+        ref = made.attempt(task, started_at=STARTED)
+        for n in range(4):
+            elapsed_s, first = 0.5 * (n + 1), 20 * task + 5 * n
+            progress = Progress(elapsed_s, STARTED_AT + elapsed_s, completed=5 * (n + 1))
+            made.publish(ref, [range(first, first + 5)], seq=n + 1, progress=progress)
+        made.end(ref, completed=20, elapsed_s=1.9375)
+    made.finish()
+    return made
+
+
+def test_a_run_of_seconds_is_drawn_to_the_millisecond(tmp_path):
+    """Parts of the run lie one after another, and no attempt is rounded to nothing."""
+    data = data_of(written(two_attempts_of_two_seconds(tmp_path)))
+
+    starts = [start for start, *_ in data["throughput"]]
+    assert len(starts) == len(set(starts))
+    assert [1.938, 1.938] == [round(one[4] - one[3], 3) for one in data["attempts"]]
+
+
+def test_the_axes_of_a_short_run_end_where_its_numbers_do(tmp_path):
+    """In Chromium: two tasks at work are two on the axis, and its rate is not added up."""
+    browser.require()
+    made = two_attempts_of_two_seconds(tmp_path)
+    highest = max(rate for _, _, rate, _ in data_of(written(made))["throughput"])
+
+    dom = browser.load(made.scratch / "report.html").dom
+    assert 2 == max(ticks(dom, "at-work"))
+    assert highest / 2 <= max(ticks(dom, "throughput")) <= highest
+
+
+def ticks(dom: str, figure: str) -> list[float]:
+    """Return the numbers along the y axis of a figure."""
+    (drawn,) = re.findall(rf'<figure id="{figure}">.*?</figure>', dom, re.DOTALL)
+    (labels,) = re.findall(r'<g aria-label="y-axis tick label".*?</g>', drawn, re.DOTALL)
+    return [float(text.replace(",", "")) for text in re.findall(r"<text[^>]*>([^<]*)<", labels)]
+
+
+def test_throughput_is_the_same_after_segments_were_folded_into_packs(tmp_path):
+    """`hpcresume clean` removes segments; how the run went is read out of the packs."""
+    made = make_run(tmp_path, sources=40)
+    publish_in_steps(made, 10, step_s=20)
+    made.finish()
+    before = data_of(written(made))["throughput"]
+    cleaned = CliRunner().invoke(cli, ["clean", made.path, "--yes"])
+
+    assert (0, 1) == (
+        cleaned.exit_code,
+        len(made.run.segments(read(made).rounds[0].attempts[0].ref)),
+    )
+    assert before == data_of(written(made))["throughput"]
+
+
+def test_only_what_was_published_twice_is_said_to_be_counted(tmp_path):
+    """What was only committed on a lost node is nowhere in the run, and the page says so."""
+    text = seen(make_run(tmp_path))
+
+    assert "Work that was published twice" in text
+    assert "only committed on a lost node was done again too and cannot be counted" in text
+
+
+@pytest.mark.parametrize(("complete", "said"), [(True, " and was survived"), (False, "")])
+def test_an_early_end_was_survived_only_by_a_run_that_is_complete(tmp_path, complete, said):
+    """A run that nobody continued says that an attempt ended early, and no more."""
+    made = make_run(tmp_path, sources=4)
+    first = made.attempt(started_at=STARTED)
+    made.publish(first, [range(2)], progress=Progress(completed=2))
+    made.end(first, "saved", kind="preempted", completed=2, elapsed_s=3)
+    if complete:
+        second = made.attempt(started_at=STARTED)
+        made.publish(second, [range(2, 4)])
+        made.end(second, completed=2, elapsed_s=3)
+        made.finish()
+    text = seen(made)
+
+    assert f"1ended early{said}: 1 preempted" in text
+    assert "took over" not in text
+
+
+def test_the_time_of_a_run_that_goes_on_ends_now(tmp_path):
+    """Between two attempts a run gets older; one that has ended took until its last attempt."""
+    made = make_run(tmp_path, sources=4)
+    hour_ago = datetime.fromtimestamp(datetime.now(UTC).timestamp() - 3600, UTC).isoformat()
+    first = made.attempt(started_at=hour_ago)
+    made.publish(first, [range(2)])
+    made.end(first, "saved", kind="preempted", completed=2, elapsed_s=3)
+    # It runs, for it is this process, and has not told since when.
+    second = made.attempt()
+    goes_on = seen(made)
+    made.publish(second, [range(2, 4)])
+    made.finish()
+
+    assert "1 h 00 minfrom the first attempt to the present" in goes_on
+    assert "3 sfrom the first attempt to the end of the last" in seen(made)
+
+
+def test_failed_items_are_called_what_they_are(tmp_path):
+    """Three bad items in each of twelve tries are 36 items, and not 36 tries."""
+    made = make_run(tmp_path, sources=4)
+    ref = made.attempt(started_at=STARTED)
+    stages = [StageCount("parse", items_in=40, failed=36)]
+    made.publish(ref, failures=[made.failure(n) for n in range(4)], stages=stages)
+    made.end(ref)
+    text = seen(made)
+
+    assert (True, False) == ("failed items" in text, "failed tries" in text)
+    assert [36] == [one.failed for one in work_published_twice(read(made))]
+
+
+def test_the_share_is_rounded_down_wherever_it_is_shown(tmp_path):
+    """Two of three are 66.6 % on the page, in the status and in its view."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [range(2)])
+    found, console = read_status(made.run), Console(width=120)
+    with console.capture() as captured:
+        console.print(frame(found, View(), width=120, height=40))
+
+    for text in (seen(made), "\n".join(status_lines(found)), captured.get()):
+        assert "(66.6 %)" in text
+
+
+def test_the_bar_of_a_run_without_sources_is_as_full_as_its_share(tmp_path):
+    """Of no sources all are done, in words and in the bar."""
+    text = written(make_run(tmp_path, sources=0, tasks=None))
+
+    assert 'aria-label="100.0 % done"' in text
+    assert '<i class="done" style="width: 100%">' in text
+
+
+def test_tracebacks_are_those_of_the_largest_groups(tmp_path):
+    """In the order of the table; what has none, as a returned Failed, is not shown as one."""
+    made = make_run(tmp_path, sources=20, max_attempts=9)
+    sizes = {"small": 1, "largest": 6, "silent": 5, "third": 3, "second": 4}
+    kinds = [kind for kind, size in sizes.items() for _ in range(size)]
+    failures = [
+        made.failure(n, message=kind, traceback="" if kind == "silent" else f"trace of {kind}")
+        for n, kind in enumerate(kinds)
+    ]
+    made.publish(made.attempt(), failures=failures)
+
+    assert ["largest", "second", "third"] == re.findall(r"<code>trace of (\w+)<", written(made))
+
+
+def test_versions_of_the_code_are_told_of(tmp_path):
+    """With the rounds that ran each; a run of one version says nothing of it."""
+    made = make_run(tmp_path, sources=4)
+    made.publish(made.attempt(), [range(2)])
+    assert "versions of the pipeline's code" not in seen(made)
+    made.plan(round_=1, code=2)
+    made.publish(made.attempt(round_=1), [range(2, 4)])
+
+    expected = "Attempts ran 2 versions of the pipeline's code or its parameters: 0001 in round 0; "
+    assert f"{expected}0002 in round 1." in seen(made)
+
+
 def test_work_that_does_not_count_is_told_by_how_its_attempt_ended(tmp_path):
-    """A zombie that completed what another attempt had published first, and failed tries."""
+    """A zombie that completed what another attempt had published first."""
     made = make_run(tmp_path, sources=10)
     first, second = made.attempt(), made.attempt()
     made.publish(first, [range(4)], progress=Progress(completed=4))
@@ -147,7 +348,7 @@ def test_work_that_does_not_count_is_told_by_how_its_attempt_ended(tmp_path):
     reader = Reader(made.run)
     reader.refresh()
 
-    found = {one.ending: (one.completed, one.again) for one in work_done_twice(reader)}
+    found = {one.ending: (one.completed, one.again) for one in work_published_twice(reader)}
     assert {"preempted": (4, 0), "done": (6, 2)} == found
     assert 8 == read_status(made.run).sources.completed
 
