@@ -27,7 +27,7 @@ def report(run: RunDir, output: Path) -> None:
     """Write RUN's report: one HTML page that needs no network, also of a run under way.
 
     It shows when each array task ran and how it ended, throughput, what stages took, stragglers,
-    failures, and work that was done twice.
+    failures, and work that was published twice.
 
     \b
     Example:
