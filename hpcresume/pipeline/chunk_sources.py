@@ -31,6 +31,24 @@ _WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
+class _Glob(FileSources):
+    """The files that a glob names: as for a single path, there has to be one."""
+
+    def __iter__(self) -> Iterator[Source]:
+        empty = True
+        for source in super().__iter__():
+            empty = False
+            yield source
+        if empty:
+            pattern = str(self.root / self.pattern)
+            raise SourcesError(
+                f"{pattern}: no file matches. The chunks are of the files that do. "
+                "Check the pattern; for files that may be missing give hr.files(...).",
+                path=pattern,
+            )
+
+
+@dataclass(frozen=True)
 class ChunkSources(SourceList):
     """Row ranges of files; what :func:`chunks` returns."""
 
@@ -167,7 +185,8 @@ def chunks(
 
     Raises:
         PipelineError: ``rows`` is below 1, or ``paths`` is none of the above.
-        SourcesError: When listed: a file cannot be read, is cut off, or is not of its format.
+        SourcesError: When listed: a file cannot be read, is cut off, or is not of its format,
+            or no file matches a glob.
     """
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PipelineError(f"chunks(rows={rows!r}): give the number of rows, 1 or more.")
@@ -184,9 +203,9 @@ def _one(path: Any) -> Path | FileSources:
         return path
     if not isinstance(path, str | os.PathLike):
         raise PipelineError(f"chunks: {path!r} is no path, glob or hr.files(...).")
-    whole = Path(os.path.abspath(path))
+    whole = Path(os.path.abspath(os.path.expanduser(path)))
     parts = whole.parts
     wild = [n for n, part in enumerate(parts) if _WILD.search(part)]
     if not wild or whole.exists():
         return whole
-    return FileSources(Path(*parts[: wild[0]]), "/".join(parts[wild[0] :]), "path", ())
+    return _Glob(Path(*parts[: wild[0]]), "/".join(parts[wild[0] :]), "path", ())

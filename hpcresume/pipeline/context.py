@@ -166,6 +166,7 @@ class Context:
             subprocess.CalledProcessError: The status is not 0; the message holds the last
                 lines of standard error.
             subprocess.TimeoutExpired: It ran past ``timeout_s``; the same.
+            FileNotFoundError: There is no such program.
         """
         return run_command(argv, timeout_s=timeout_s, check=check, popen=popen)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,15 @@ class Parts:
             raise PipelineError(f"Parts({self.format!r}): give 'jsonl' or 'parquet'.")
         if self.schema is not None and self.format == "jsonl":
             raise PipelineError("Parts('jsonl') takes no schema: JSON lines have none.")
-        if not isinstance(self.size, int) or self.size <= 0:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size <= 0:
             raise PipelineError(f"Parts(size={self.size!r}): give a number of bytes above 0.")
         if not (self.schema is None or self._columns()):
             raise PipelineError(
                 f"Parts(schema={self.schema!r}): give a pyarrow.Schema with columns, "
                 "or a dict of column and type, such as {'text': 'string', 'n': 'int64'}."
             )
+        if isinstance(self.schema, Mapping):
+            _check_types(self.schema)
 
     def _columns(self) -> dict[str, str]:
         if isinstance(self.schema, Mapping):
@@ -74,6 +77,25 @@ class Parts:
         """Return this sink as JSON values, for the run's fingerprint."""
         schema = None if self.schema is None else self._columns()
         return {"kind": "parts", "format": self.format, "schema": schema, "size": self.size}
+
+
+def _check_types(schema: Mapping[Any, Any]) -> None:
+    """Refuse types that pyarrow does not know, where it is installed."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        return
+    for column, kind in schema.items():
+        known = isinstance(kind, pa.DataType)
+        if isinstance(kind, str):
+            with contextlib.suppress(ValueError):
+                known = pa.type_for_alias(kind) is not None
+        if not known:
+            raise PipelineError(
+                f"Parts(schema=...): column {column!r} has the type {kind!r}, which pyarrow does "
+                "not know. Give a name such as 'string', 'int64' or 'float64', or a "
+                "pyarrow.DataType such as pyarrow.list_(pyarrow.string())."
+            )
 
 
 Sink = Rows | Parts
@@ -176,7 +198,7 @@ def _checked_name(name: str) -> str:
 
 
 def _checked_stages(stages: Sequence[object], name: str) -> tuple[Stage, ...]:
-    if callable(stages) or isinstance(stages, Stage):
+    if callable(stages) or isinstance(stages, Stage | str) or not isinstance(stages, Iterable):
         raise PipelineError(f"pipeline {name!r}: stages={stages!r} is not a list. Write [...].")
     made = tuple(as_stage(stage) for stage in stages)
     if not made:
@@ -236,4 +258,10 @@ def _checked_tolerance(tolerate: float) -> float:
 def _checked_snapshot(snapshot: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     if isinstance(snapshot, str | os.PathLike):
         raise PipelineError(f"snapshot={snapshot!r} is not a list. Write [{str(snapshot)!r}].")
-    return tuple(os.fspath(path) for path in snapshot)
+    if not isinstance(snapshot, Iterable):
+        raise PipelineError(f"snapshot={snapshot!r} is not a list. Write ['settings.json'].")
+    paths = tuple(snapshot)
+    wrong = [path for path in paths if not isinstance(path, str | os.PathLike)]
+    if wrong:
+        raise PipelineError(f"snapshot={snapshot!r}: {wrong[0]!r} is not a path.")
+    return tuple(os.fspath(path) for path in paths)

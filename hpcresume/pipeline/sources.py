@@ -387,10 +387,17 @@ def rows(
         whatever JSON value the line holds.
 
     Raises:
+        PipelineError: The name is that of a compressed Parquet file, which cannot be read.
         SourcesError: The format is unknown; when listed: the file or a row cannot be read.
     """
     path = _absolute(path)
     chosen = format or _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if format is None and chosen == "parquet" and path.suffix == ".gz":
+        raise PipelineError(
+            f"rows({str(path)!r}): a Parquet file is read from its end, which gzip does not "
+            "allow. Decompress it; Parquet compresses its columns itself.",
+            path=str(path),
+        )
     if chosen is None or chosen not in READERS:
         raise SourcesError(
             f"{path}: unknown format of rows{f' {format!r}' if format else ''}. "

@@ -292,6 +292,25 @@ def test_files_of_something_else_are_refused(tmp_path: Path, name: str) -> None:
         list(hr.chunks(tmp_path / name))
 
 
+def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    """As a path that does not exist: a slip would make an empty run."""
+    (tmp_path / "a.jsonl").write_text("1\n")
+    slip = hr.chunks([tmp_path / "a.jsonl", f"{tmp_path}/nope*.jsonl"])
+
+    with pytest.raises(SourcesError, match=r"nope\*\.jsonl: no file matches"):
+        list(slip)
+    assert [] == list(hr.chunks(hr.files(tmp_path, "nope*.jsonl")))
+
+
+def test_a_glob_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tilde is the home directory, as in hr.files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("1\n")
+
+    assert ["a.jsonl#0-0"] == [s.id for s in hr.chunks(["~/a.jsonl"])]
+    assert ["a.jsonl#0-0"] == [s.id for s in hr.chunks("~/*.jsonl")]
+
+
 def damaged_middle(path: Path) -> None:
     data = bytearray(path.read_bytes())
     middle = len(data) // 2

@@ -1,6 +1,7 @@
 """The pipeline: validation, unique names, the resumable gate, the fingerprint."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_resumable_pipelines_pass_the_gate() -> None:
         ({"name": "a/b"}, "'a/b'"),
         ({"stages": []}, "no stages"),
         ({"stages": parse}, "not a list"),
+        ({"stages": None}, "not a list"),
+        ({"stages": "parse"}, "not a list"),
         ({"stages": [3]}, "cannot be called"),
         ({"sources": 3}, "int"),
         ({"sources": "file.txt"}, "str"),
@@ -84,6 +87,8 @@ def test_resumable_pipelines_pass_the_gate() -> None:
         ({"sink": "rows"}, "sink='rows'"),
         ({"finish": 3}, "finish=3"),
         ({"snapshot": "helpers"}, "not a list"),
+        ({"snapshot": 3}, "not a list"),
+        ({"snapshot": ["helpers", 3]}, "3 is not a path"),
         ({"observer": 3}, "cannot be called"),
         ({"observer": print, "sink": None}, "no rows to tell"),
     ],
@@ -93,6 +98,37 @@ def test_arguments_that_cannot_be_right_are_refused(changes: dict[str, Any], wor
     with pytest.raises(PipelineError) as caught:
         make(**changes)
     assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"schema": {"n": "int64", "a": "nosuch"}}, "'a' has the type 'nosuch'"),
+        ({"schema": {"a": 3}}, "'a' has the type 3"),
+        ({"size": True}, "size=True"),
+    ],
+)
+def test_parts_that_cannot_be_written_are_refused(arguments: dict[str, Any], word: str) -> None:
+    """Before any task has started, not after the first rows."""
+    with pytest.raises(PipelineError) as caught:
+        hr.Parts("parquet", **arguments)
+    assert word in str(caught.value)
+
+
+def test_types_of_parts_are_names_or_pyarrows_own() -> None:
+    """A type without a name, such as a list, is given as an object."""
+    import pyarrow as pa
+
+    sink = hr.Parts("parquet", {"a": "string", "b": pa.list_(pa.int32())})
+
+    assert {"a": "string", "b": "list<item: int32>"} == sink.describe()["schema"]
+
+
+def test_types_are_not_checked_where_pyarrow_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pipeline is only submitted from, nothing needs it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    assert {"a": "nosuch"} == hr.Parts("parquet", {"a": "nosuch"}).schema
 
 
 def write_totals(rows: Any, out: Path) -> None:

@@ -254,6 +254,13 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     assert "jsonl" == hr.rows(tmp_path / "in.data", format="jsonl").format
 
 
+def test_compressed_parquet_is_refused_at_once(tmp_path: Path) -> None:
+    """Its suffix is known, but nothing can read it; a format that is given decides."""
+    with pytest.raises(PipelineError, match=r"in\.parquet\.gz.*Decompress it"):
+        hr.rows(tmp_path / "in.parquet.gz")
+    assert "jsonl" == hr.rows(tmp_path / "in.parquet.gz", format="jsonl").format
+
+
 @pytest.mark.parametrize("make", [hr.lines, lambda p: hr.rows(p, format="jsonl")])
 def test_a_missing_file_is_an_error_when_listed(tmp_path: Path, make: Any) -> None:
     """The error names the file."""
