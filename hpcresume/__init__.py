@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcresume.api import Run, status, submit
     from hpcresume.errors import HpcResumeError
+    from hpcresume.launch.rounds import Standing
+    from hpcresume.launch.stopping import Stopped
     from hpcresume.launch.trial import trial
+    from hpcresume.observe.failures import FailedSource
+    from hpcresume.output.collect import CollectReport
     from hpcresume.output.sources import results
     from hpcresume.pipeline.chunk import Chunk
     from hpcresume.pipeline.chunk_sources import chunks
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunk",
+    "CollectReport",
     "Context",
     "Failed",
+    "FailedSource",
     "HpcResumeError",
     "Many",
     "Parts",
@@ -38,6 +44,8 @@ __all__ = [
     "ServingStage",
     "Source",
     "Stage",
+    "Standing",
+    "Stopped",
     "Worker",
     "WorkerBroken",
     "__version__",
@@ -55,8 +63,10 @@ __all__ = [
 
 _HOMES = {
     "Chunk": "hpcresume.pipeline.chunk",
+    "CollectReport": "hpcresume.output.collect",
     "Context": "hpcresume.pipeline.context",
     "Failed": "hpcresume.pipeline.sentinels",
+    "FailedSource": "hpcresume.observe.failures",
     "HpcResumeError": "hpcresume.errors",
     "Many": "hpcresume.pipeline.sentinels",
     "Pipeline": "hpcresume.pipeline.pipeline",
@@ -66,6 +76,8 @@ _HOMES = {
     "ServingStage": "hpcresume.serving.stage",
     "Source": "hpcresume.pipeline.sources",
     "Stage": "hpcresume.pipeline.stage",
+    "Standing": "hpcresume.launch.rounds",
+    "Stopped": "hpcresume.launch.stopping",
     "Worker": "hpcresume.pipeline.context",
     "WorkerBroken": "hpcresume.pipeline.sentinels",
     "chunks": "hpcresume.pipeline.chunk_sources",

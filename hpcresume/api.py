@@ -1,26 +1,29 @@
 """The commands as Python functions, for notebooks and scripts.
 
-``hr.submit`` starts or continues a run and returns it; :class:`Run` mirrors the commands that
-take one.  Errors are the same exceptions that end the commands; nothing here prints or exits.
+``hr.submit`` starts or continues a run and returns it; :class:`Run` mirrors the commands
+status, collect, failures, cancel, merge, report and ``logs --source``.  The others that take a run
+(drive, render, clean, watch, and logs by task) are commands only.  Errors are the same exceptions
+that end the commands; nothing here prints or exits.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
-import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, cast
 
-from hpcresume.errors import PipelineError, UsageError
+from hpcresume.config.layers import layer_of, schema
+from hpcresume.errors import UsageError
+from hpcresume.launch.rounds import Standing
+from hpcresume.launch.stopping import Stopped
+from hpcresume.observe.failures import FailedSource
 from hpcresume.output import run as opened
-
-if TYPE_CHECKING:
-    from hpcresume.launch.rounds import Standing
-    from hpcresume.launch.stopping import Stopped
-    from hpcresume.observe.failures import FailedSource
-    from hpcresume.output.collect import CollectReport
+from hpcresume.output.collect import CollectReport
+from hpcresume.pipeline.target import target_of
 
 
 class Request(TypedDict, total=False):
@@ -32,11 +35,13 @@ class Request(TypedDict, total=False):
         account: Account to charge.
         qos: Quality of service.
         constraint: Node features.
+        reservation: Reservation.
         cpus_per_task: Cores.
         mem: Memory, ``"16G"``.
         gpus_per_task: GPUs.
         exclude: Nodes to leave out.
         nodelist: Nodes to use.
+        extra: Further options of sbatch, ``["--licenses=matlab"]``.
     """
 
     time: str
@@ -44,15 +49,17 @@ class Request(TypedDict, total=False):
     account: str
     qos: str
     constraint: str
+    reservation: str
     cpus_per_task: int
     mem: str
     gpus_per_task: int
     exclude: str
     nodelist: str
+    extra: list[str]
 
 
 def submit(
-    pipeline: str | os.PathLike[str] | Callable[..., Any],
+    pipeline: str | os.PathLike[str] | Callable[..., Any] | opened.Run,
     *,
     params: Mapping[str, Any] | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -67,11 +74,12 @@ def submit(
     """Start a run, or continue it, as ``hpcresume submit`` does.
 
     On Slurm it returns once the jobs are submitted: ``run.wait()`` waits for the end.  On one
-    machine it returns when the run has ended.
+    machine it returns when the run has ended.  There signals such as Ctrl-C interrupt the run
+    where the main thread called; from another thread, ``hr.Run(...).cancel()`` does.
 
     Args:
-        pipeline: ``file.py``, ``file.py:name``, ``module:name``, a run directory, or the
-            pipeline function itself, imported from a file.
+        pipeline: ``file.py``, ``file.py:name``, ``module:name``, a run or its directory, or
+            the pipeline function itself, imported from a file.
         params: The pipeline's parameters by name; converted by their annotations.
         run_dir: The run directory; by default below ``runs/``.
         array: Most array tasks; by default as the last time, or 1.
@@ -86,18 +94,18 @@ def submit(
     Raises:
         PipelineError: The pipeline cannot be loaded from a file: it is defined in a notebook,
             or it is none.
+        UsageError: An argument or a parameter cannot be right.
+        ConfigError: A setting cannot be right.
         HpcResumeError: As the command, with the exit code that it would have.
         KeyboardInterrupt: The local run was interrupted; what it committed is published.
     """
     from hpcresume.launch.submit import Submission, make_ready, reopen_run, start
 
-    flags = {section: dict(values) for section, values in (settings or {}).items()}
-    flags["request"] = {**flags.get("request", {}), **request}
     submission = Submission(
-        target=_target_of(pipeline),
+        target=str(pipeline.path) if isinstance(pipeline, opened.Run) else target_of(pipeline),
         params=dict(params or {}),
-        flags=flags,
-        run_dir=None if run_dir is None else Path(run_dir),
+        flags=_flags(settings or {}, cast("dict[str, Any]", request)),
+        run_dir=None if run_dir is None else Path(os.path.expanduser(run_dir)),
         cluster=_checked_cluster(cluster),
         site=site,
         array=_checked_array(array),
@@ -120,6 +128,8 @@ def status(run: str | os.PathLike[str] | opened.Run) -> dict[str, Any]:
 
     Raises:
         RunDirError: Not a run directory, or one that cannot be read.
+        CorruptDataError: Its list of sources is damaged.
+        SharedStorageError: The run directory cannot be read.
     """
     found = run if isinstance(run, opened.Run) else opened.Run(Path(run))
     return found.status()
@@ -130,50 +140,76 @@ class Run(opened.Run):
 
     ``rows()`` and ``status()`` come with it.
 
+    Attributes:
+        path: The directory, absolute: it stays what it was when the working directory changes.
+
     Raises:
-        RunDirError: Not a run directory, or one that cannot be read.
+        RunDirError: Not a run directory, or one that cannot be read.  Every method raises it,
+            too, once the directory has gone.
+        CorruptDataError: Its ``run.json``, or in a method the list of sources, is damaged.
+        SharedStorageError: In a method: the run directory cannot be read.
     """
 
     def wait(self, *, timeout_s: float | None = None, poll_s: float = 2.0) -> dict[str, Any]:
         """Wait until nothing more happens by itself and return how the run stands.
 
         Args:
-            timeout_s: Return after so many seconds at the latest, whatever the state.
+            timeout_s: Take the last look after so many seconds, whatever the state.
             poll_s: Seconds between two looks.
         """
         from hpcresume.observe.status import readings
 
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        for found in readings(self._run, pause_s=poll_s):
-            if found.ended or (end is not None and time.monotonic() >= end):
+        end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        pause = threading.Event()
+        for found in readings(self._run, pause_s=0):
+            left_s = end - time.monotonic()
+            if found.ended or left_s <= 0:
                 return found.to_dict()
+            pause.wait(min(poll_s, left_s))
+            # A directory that has gone would be waited for without end.
+            self._run  # noqa: B018
         raise AssertionError("readings end with one that has ended")
 
     def collect(
         self,
         output: str | os.PathLike[str],
         *,
+        layout: Literal["one", "parts"] = "one",
         with_source: bool = False,
         files: str | os.PathLike[str] | None = None,
     ) -> CollectReport:
         """Write the rows in source order to a ``.jsonl`` or ``.parquet`` file, as ``collect``.
 
         Args:
-            output: The file, replaced atomically.
-            with_source: Wrap each row as ``{"source", "item", "row"}``.
-            files: Directory that the files of ``ctx.output`` are linked into.
+            output: The file, or with ``layout="parts"`` the directory; replaced atomically.
+            layout: ``one`` file, or the ``parts`` of an ``hr.Parts`` run as they are, unsorted.
+            with_source: Wrap each row as ``{"source", "item", "row"}``; for one file.
+            files: Directory that the files of ``ctx.output`` are linked into; for one file.
 
         Returns:
             What was written and what is missing; ``complete`` says whether all is there.
+
+        Raises:
+            UsageError: Arguments that do not go together, another suffix, rows that fit no
+                Parquet schema, a run without parts, or a directory that holds something else.
+            ConfigError: Parquet is asked for and pyarrow is not installed.
+            SharedStorageError: A segment cannot be read, or ``output`` not be written.
         """
         from hpcresume.output.collect import collect
+        from hpcresume.output.layout import collect_parts
 
-        return collect(
-            self._run,
-            Path(output),
-            with_source=with_source,
-            files=None if files is None else Path(files),
-        )
+        place = Path(os.path.expanduser(output))
+        linked = None if files is None else Path(os.path.expanduser(files))
+        if layout == "one":
+            return collect(self._run, place, with_source=with_source, files=linked)
+        if layout != "parts":
+            raise UsageError(f"layout={layout!r}: give 'one' or 'parts'.")
+        if with_source or linked:
+            raise UsageError(
+                "layout='parts' links whole files, so it takes neither with_source nor files. "
+                "Leave them out, or write one file."
+            )
+        return collect_parts(self._run, place)
 
     def failures(self) -> list[FailedSource]:
         """Return the quarantined and failing sources, each with its last failure."""
@@ -181,7 +217,8 @@ class Run(opened.Run):
         from hpcresume.output.rows import union_of
         from hpcresume.run.manifest import Manifest
 
-        return failed_sources(Manifest.open(self._run), union_of(self._run))
+        run = self._run
+        return failed_sources(Manifest.open(run), union_of(run))
 
     def cancel(self) -> Stopped:
         """Stop the run; its tasks publish what they committed.  ``hr.submit(run.path)`` goes on.
@@ -195,17 +232,26 @@ class Run(opened.Run):
         return stop_run(self._run)
 
     def merge(self) -> Standing:
-        """Unite what has been published so far into a generation, and return how it stands.
+        """Unite what has been published so far into a generation; nothing is submitted.
+
+        Returns:
+            How the run stands: ``union`` is what is done, with the generation's ``number`` and
+            the positions ``completed``; ``remainder`` the positions of the sources left to do;
+            ``total`` the number of sources; ``stopped`` why it does not go on, or empty.
 
         Raises:
             RunDirError: The run has no round yet.
+            SharedStorageError: A segment cannot be read, or the generation not be written.
         """
         from hpcresume.launch.step import unite
 
         return unite(self._run)
 
     def log_lines(self, source: str) -> list[str]:
-        """Return the lines of the newest logs that name a source, as ``file:number:line``.
+        """Return the log lines that name a source, as ``file:number:line``.
+
+        They are what stages wrote with ``ctx.log``, from the logs of all rounds in which a task
+        was given the source.  Why it failed is in :meth:`failures`.
 
         Raises:
             UsageError: The run has no source of this id.
@@ -215,10 +261,14 @@ class Run(opened.Run):
         return [str(line) for line in lines_of_source(self._run, source)]
 
     def report(self, output: str | os.PathLike[str]) -> None:
-        """Write the run's report, one HTML page without links to elsewhere."""
+        """Write the run's report, one HTML page without links to elsewhere.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
         from hpcresume.observe.report import write_report
 
-        write_report(self._run, Path(output))
+        write_report(self._run, Path(os.path.expanduser(output)))
 
 
 def _checked_cluster(cluster: str) -> str:
@@ -228,34 +278,40 @@ def _checked_cluster(cluster: str) -> str:
 
 
 def _checked_array(array: int | None) -> int | None:
-    if array is not None and array < 1:
-        raise UsageError(f"array={array}: give the number of array tasks, 1 or more.")
+    if array is None:
+        return None
+    if isinstance(array, bool) or not isinstance(array, int) or array < 1:
+        raise UsageError(f"array={array!r}: give the number of array tasks, 1 or more.")
     return array
 
 
-def _target_of(pipeline: str | os.PathLike[str] | Callable[..., Any]) -> str:
-    """Return what names a pipeline on the command line."""
-    if isinstance(pipeline, str | os.PathLike):
-        return os.fspath(pipeline)
-    name = getattr(pipeline, "__qualname__", "")
-    module = sys.modules.get(getattr(pipeline, "__module__", ""), None)
-    if not callable(pipeline) or not name:
-        raise PipelineError(
-            f"a {type(pipeline).__name__} cannot be submitted: array tasks build the pipeline "
-            "themselves, from a file. Write a function that returns it to a file, and give "
-            "hr.submit('pipeline.py')."
-        )
-    path = getattr(module, "__file__", None)
-    code = getattr(pipeline, "__code__", None)
-    if not path or (code is not None and not os.path.isfile(code.co_filename)):
-        raise PipelineError(
-            f"the pipeline {name!r} is defined in a notebook or at the prompt, where array tasks "
-            "on other nodes cannot load it from. Write its cell to a file (in Jupyter with "
-            "%%writefile pipeline.py as the cell's first line), then: hr.submit('pipeline.py')."
-        )
-    if not name.isidentifier() or getattr(module, name, None) is not pipeline:
-        raise PipelineError(
-            f"the pipeline {name!r} is defined within a function of {path}, where array tasks "
-            "cannot find it. Define it at the top level of the file."
-        )
-    return f"{os.path.abspath(path)}:{name}"
+def _flags(
+    settings: Mapping[str, Mapping[str, Any]], request: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the settings of a submission, checked so that errors name the argument."""
+    known = Request.__annotations__
+    for key in request:
+        if key not in known:
+            raise UsageError(f"hr.submit takes no {key!r}.{_way_to_give(key, known)}")
+    given, asked = _given(settings), _given({"request": request})
+    layer_of(given, origin="hr.submit(settings=...)")
+    layer_of(asked, origin="hr.submit")
+    return {**given, "request": {**given.get("request", {}), **asked["request"]}}
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that are None, which are not given."""
+    return {
+        section: {key: value for key, value in keys.items() if value is not None}
+        if isinstance(keys, Mapping)
+        else keys
+        for section, keys in settings.items()
+    }
+
+
+def _way_to_give(key: str, known: Mapping[str, Any]) -> str:
+    homes = [section for section, keys in schema().items() if key in keys]
+    if homes:
+        return f" It is a setting: settings={{{homes[0]!r}: {{{key!r}: ...}}}}."
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {near[0]}?" if near else f" Known are {', '.join(known)}."

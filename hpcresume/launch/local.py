@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -181,6 +182,9 @@ class LocalRound:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets only the main thread set handlers
+            return
         terminals = [fd for fd in _OUTPUTS if os.isatty(fd)]
 
         def interrupt(number: int, _frame: object) -> None:

@@ -17,10 +17,10 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import orjson
@@ -34,7 +34,7 @@ from hpcresume.engine.packing import make_driver_packer
 from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
-from hpcresume.errors import UsageError
+from hpcresume.errors import PipelineError, UsageError
 from hpcresume.ids import item_id, new_run_id
 from hpcresume.launch.estimate import estimate_run
 from hpcresume.launch.trial_memory import Memory
@@ -47,8 +47,9 @@ from hpcresume.launch.trial_sample import (
     spread,
 )
 from hpcresume.output.rows import frame_of_blob
-from hpcresume.pipeline.load import LoadedPipeline, write_snapshot
+from hpcresume.pipeline.load import LoadedPipeline, load_pipeline, write_snapshot
 from hpcresume.pipeline.pipeline import Pipeline
+from hpcresume.pipeline.target import parse_target, target_of
 from hpcresume.segment.segment import Failure, StageCount
 from hpcresume.task.allocation import read_allocation
 from hpcresume.task.scratch import make_ray_temp
@@ -64,8 +65,9 @@ _CLOSE_S = 5.0
 
 
 def trial(
-    pipeline: Pipeline | LoadedPipeline,
+    pipeline: Pipeline | LoadedPipeline | str | os.PathLike[str] | Callable[..., Any],
     *,
+    params: Mapping[str, Any] | None = None,
     sources: Iterable[str] | None = None,
     n: int = 10,
     engine: Engine = "inline",
@@ -73,22 +75,53 @@ def trial(
     """Run a sample of a pipeline's sources in this process, or on Ray, and write nothing.
 
     Args:
-        pipeline: The pipeline.
+        pipeline: The pipeline, or what names its file: ``file.py``, ``file.py:name``,
+            ``module:name``, or the function that makes it, imported from a file.
+        params: The pipeline's parameters by name; not for one that is made already.
         sources: Ids of the sources to run; None: ``n`` of them, spread over the listing.
         n: How many, at least 1.
         engine: ``inline`` runs in this process, one source after another; ``ray`` as an
             array task does, in worker processes.  They load the pipeline from its file, so
-            it has to be what :func:`~hpcresume.pipeline.load.load_pipeline` returned.
+            it has to be named by it.
 
     Raises:
+        PipelineError: ``pipeline`` is none, or its file cannot be loaded.
         SourcesError: The sources cannot be listed, or an id is none of them.
         NotResumableError: `submit` would refuse the pipeline.
-        UsageError: ``n`` or ``engine`` cannot be right, Ray is in use by this process, or
-            its workers have no file to load the pipeline from.
+        UsageError: ``n``, ``engine`` or a parameter cannot be right, Ray is in use by this
+            process, or its workers have no file to load the pipeline from.
+        ConfigError: A setting cannot be right.
     """
+    made = _made(pipeline, params)
     settings = load_settings(site=None, start_dir=Path.cwd(), environ=os.environ, flags={}).settings
     chosen = None if sources is None else list(sources)
-    return run_trial(pipeline, settings=settings, sources=chosen, n=n, engine=engine)
+    return run_trial(made, settings=settings, sources=chosen, n=n, engine=engine)
+
+
+def _made(pipeline: Any, params: Mapping[str, Any] | None) -> Pipeline | LoadedPipeline:
+    if not isinstance(pipeline, Pipeline | LoadedPipeline):
+        return load_pipeline(parse_target(_target(pipeline), Path.cwd()), params or {})
+    if params:
+        raise UsageError(
+            "params are for a pipeline that is still to be made. This one is made already. "
+            "Give its file, hr.trial('pipeline.py', params=...), or make it with them."
+        )
+    return pipeline
+
+
+def _target(pipeline: Any) -> str:
+    try:
+        return target_of(pipeline)
+    except PipelineError as error:
+        if callable(pipeline):
+            raise PipelineError(
+                f"{pipeline!r} cannot be loaded from a file. "
+                "In this process it can be called: hr.trial(pipeline())."
+            ) from error
+        raise PipelineError(
+            f"a {type(pipeline).__name__} cannot be tried. "
+            "Give an hr.Pipeline, or its file: hr.trial('pipeline.py')."
+        ) from error
 
 
 def run_trial(
@@ -131,7 +164,7 @@ def run_trial(
             "a file. Use engine='inline', or `hpcresume trial FILE`."
         )
     made.check_resumable()
-    sample = named(made.sources, sources) if sources else spread(made.sources, n)
+    sample = spread(made.sources, n) if sources is None else named(made.sources, sources)
     with _workplace() as place:
         keep_restart_points(sample, place / "restarts")
         bench = _Bench(made, loaded, sample, place, engine, on_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,23 @@ from hpcresume.run.manifest import Manifest
 class Run:
     """A run, opened by its directory.
 
+    Attributes:
+        path: The directory, absolute: it stays what it was when the working directory changes.
+
     Raises:
-        RunDirError: Not a run directory, or one that cannot be read.
+        RunDirError: Not a run directory, or one that cannot be read.  Every method raises it,
+            too, once the directory has gone.
+        CorruptDataError: Its ``run.json`` is damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._run = RunDir.open(str(path))
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(os.path.expanduser(path)))
+        RunDir.open(str(self.path))
+
+    @property
+    def _run(self) -> RunDir:
+        # Opened each time: a directory that has gone reads as a run without sources.
+        return RunDir.open(str(self.path))
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -37,16 +48,22 @@ class Run:
                 what was yielded so far stands.
             SharedStorageError: A segment cannot be read.
         """
-        manifest, union = Manifest.open(self._run), union_of(self._run)
+        run = self._run
+        manifest, union = Manifest.open(run), union_of(run)
         try:
-            for span in spans(self._run, union, manifest):
+            for span in spans(run, union, manifest):
                 yield from _wrapped(span, manifest) if with_source else span.objects()
         except BadSegmentError as error:
-            take_back_segment(self._run, error)
+            take_back_segment(run, error)
             raise
 
     def status(self) -> dict[str, Any]:
-        """Return how the run stands, as ``hpcresume status --json`` prints it."""
+        """Return how the run stands, as ``hpcresume status --json`` prints it.
+
+        Raises:
+            CorruptDataError: The list of sources is damaged.
+            SharedStorageError: The run directory cannot be read.
+        """
         from hpcresume.observe.status import read_status
 
         return read_status(self._run).to_dict()

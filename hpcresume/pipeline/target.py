@@ -10,10 +10,10 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hpcresume.errors import PipelineError
 
@@ -67,6 +67,44 @@ def split_target(text: str) -> tuple[str, str | None]:
             raise PipelineError(f"{text}: {attr!r} is not a Python name. Write file.py:name.")
         return location, attr
     return text, None
+
+
+def target_of(pipeline: str | os.PathLike[str] | Callable[..., Any]) -> str:
+    """Return what names a pipeline on the command line.
+
+    Args:
+        pipeline: The name itself, a path, or the pipeline function, imported from a file.
+
+    Raises:
+        PipelineError: A function that array tasks could not import, or something else.
+    """
+    if isinstance(pipeline, str | os.PathLike):
+        return os.fspath(pipeline)
+    name = getattr(pipeline, "__qualname__", "")
+    module = sys.modules.get(getattr(pipeline, "__module__", ""), None)
+    if not callable(pipeline) or not name:
+        raise PipelineError(
+            f"a {type(pipeline).__name__} cannot be submitted: array tasks build the pipeline "
+            "themselves, from a file. Write a function that returns it to a file, and give "
+            "hr.submit('pipeline.py')."
+        )
+    # Loading a pipeline puts a module of its own in place of the one that was imported.
+    scopes = [getattr(module, "__dict__", {}), getattr(pipeline, "__globals__", {})]
+    scope = next((one for one in scopes if one.get(name) is pipeline), scopes[0])
+    path = scope.get("__file__")
+    code = getattr(pipeline, "__code__", None)
+    if not path or (code is not None and not os.path.isfile(code.co_filename)):
+        raise PipelineError(
+            f"the pipeline {name!r} is defined in a notebook or at the prompt, where array tasks "
+            "on other nodes cannot load it from. Write its cell to a file (in Jupyter with "
+            "%%writefile pipeline.py as the cell's first line), then: hr.submit('pipeline.py')."
+        )
+    if not name.isidentifier() or scope.get(name) is not pipeline:
+        raise PipelineError(
+            f"the pipeline {name!r} is defined within a function of {path}, where array tasks "
+            "cannot find it. Define it at the top level of the file."
+        )
+    return f"{os.path.abspath(path)}:{name}"
 
 
 def _file_spec(target: str, path: Path, attr: str | None) -> PipelineSpec:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
+import typing
+from pathlib import Path
 
 import pytest
 
 import hpcresume as hr
-from hpcresume.errors import PipelineError, RunDirError, UsageError
+from hpcresume.errors import ConfigError, PipelineError, RunDirError, UsageError
 from hpcresume.segment.segment import Progress
 from tests.support.places import REPOSITORY
 from tests.support.runs import make_run
@@ -70,14 +77,18 @@ def test_submitting_again_goes_on(written):
 
 
 def test_a_pipeline_function_is_taken_from_its_file(written, monkeypatch):
-    """A function that was imported from a file stands for file.py:name."""
+    """A function that was imported from a file stands for file.py:name, each time."""
     monkeypatch.syspath_prepend(str(written))
     monkeypatch.delitem(sys.modules, "pipeline", raising=False)
     import pipeline
 
-    run = hr.submit(pipeline.pipeline, cluster="local", settings={"task": {"engine": "inline"}})
+    run, again = (
+        hr.submit(pipeline.pipeline, cluster="local", settings={"task": {"engine": "inline"}})
+        for _ in range(2)
+    )
     monkeypatch.delitem(sys.modules, "pipeline")
 
+    assert run.path == again.path
     assert 5 == run.status()["sources"]["completed"]
 
 
@@ -127,11 +138,168 @@ def test_what_is_no_pipeline_function_is_refused(written):
         hr.submit(inner)
 
 
-@pytest.mark.parametrize("wrong", [{"array": 0}, {"cluster": "pbs"}])
+@pytest.mark.parametrize(
+    "wrong", [{"array": 0}, {"array": "3"}, {"array": True}, {"cluster": "pbs"}]
+)
 def test_wrong_arguments_are_usage_errors(written, wrong):
     """As on the command line."""
     with pytest.raises(UsageError):
         hr.submit("pipeline.py", **wrong)
+
+
+INLINE = {"task": {"engine": "inline"}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"engine": "inline"}, r"settings=\{'task': \{'engine': \.\.\.\}\}"),
+        ({"partitio": "long"}, "Did you mean partition"),
+        ({"zzz": 1}, "Known are time, partition"),
+    ],
+)
+def test_a_keyword_that_is_none_names_the_way(written, wrong, says):
+    """What belongs into settings is said to, and a slip gets the nearest name."""
+    with pytest.raises(UsageError, match=says):
+        hr.submit("pipeline.py", cluster="local", **wrong)
+
+
+def test_a_wrong_setting_is_no_word_of_the_command_line(written):
+    """The caller has none: the message names the argument."""
+    with pytest.raises(
+        ConfigError, match=r"^hr\.submit\(settings=\.\.\.\): unknown key task\.nope"
+    ):
+        hr.submit("pipeline.py", settings={"task": {"nope": 1}})
+    with pytest.raises(ConfigError, match=r"^request\.time = .soon. \(hr\.submit\)"):
+        hr.submit("pipeline.py", time="soon")
+    with pytest.raises(ConfigError, match="task"):
+        hr.submit("pipeline.py", settings={"task": 3})
+
+
+def test_what_an_array_task_may_ask_for_is_what_the_settings_know():
+    """The typed keywords are the keys of ``[request]``."""
+    from hpcresume.api import Request
+    from hpcresume.config.layers import schema
+
+    assert set(schema()["request"]) == set(Request.__annotations__)
+
+
+def test_a_run_is_submitted_as_its_directory_is(written):
+    """``hr.submit(run)`` goes on, wherever the caller is by then."""
+    run = hr.submit("pipeline.py", cluster="local", settings=INLINE, reservation=None)
+
+    assert run.path == hr.submit(run, cluster="local", settings=INLINE).path
+
+
+def test_submit_from_a_thread_runs_without_signal_handlers(written):
+    """Only the main thread may set them; its own are left alone."""
+    before, ended = signal.getsignal(signal.SIGINT), []
+
+    def run():
+        ended.append(hr.submit("pipeline.py", params={"n": 3}, cluster="local", settings=INLINE))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+    assert ["complete"] == [one.status()["state"] for one in ended]
+    assert before == signal.getsignal(signal.SIGINT)
+
+
+# -- an opened run ------------------------------------------------------------------------------
+
+
+def test_a_run_stays_where_it_was_opened(tmp_path, monkeypatch):
+    """A relative path is that of the directory in which it was given."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0, 1]])
+    monkeypatch.chdir(Path(made.path).parent)
+    run = hr.Run(Path(made.path).name)
+    monkeypatch.chdir("/")
+
+    assert made.path == str(run.path)
+    assert (2, 3) == (len(list(run.rows())), run.status()["sources"]["total"])
+
+
+def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    """In the run's path and in what it writes, as in hr.files."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0, 1]])
+    home = Path(made.path).parent
+    monkeypatch.setenv("HOME", str(home))
+    run = hr.Run(f"~/{Path(made.path).name}")
+    run.collect("~/out.jsonl", files="~/linked")
+    run.report("~/report.html")
+
+    assert made.path == str(run.path)
+    assert 2 == len((home / "out.jsonl").read_text().splitlines())
+    assert (home / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda run: list(run.rows()),
+        lambda run: run.status(),
+        lambda run: run.failures(),
+        lambda run: run.collect("out.jsonl"),
+        lambda run: run.wait(),
+        lambda run: run.merge(),
+        lambda run: run.cancel(),
+        lambda run: run.log_lines("s1.txt"),
+        lambda run: run.report("report.html"),
+    ],
+)
+def test_a_run_that_has_gone_is_no_empty_run(tmp_path, monkeypatch, ask):
+    """No result is replaced by that of no sources, and nobody waits for it."""
+    monkeypatch.chdir(tmp_path)
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0, 1]])
+    (tmp_path / "out.jsonl").write_text("earlier")
+    run = hr.Run(made.path)
+    shutil.rmtree(made.path)
+
+    with pytest.raises(RunDirError, match="not a run directory"):
+        ask(run)
+    assert "earlier" == (tmp_path / "out.jsonl").read_text()
+
+
+def test_waiting_ends_when_the_run_goes(tmp_path):
+    """What is removed while somebody waits for it never ends by itself."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0]], progress=Progress(completed=1, left=2))
+    run = hr.Run(made.path)
+    remover = threading.Timer(0.2, (Path(made.path) / "run.json").unlink)
+    remover.start()
+
+    with pytest.raises(RunDirError, match="not a run directory"):
+        run.wait(poll_s=0.05, timeout_s=30)
+    remover.join()
+
+
+def test_collect_takes_what_the_command_takes(tmp_path):
+    """The layout of parts is for runs that have some, and goes with nothing else."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0, 1]])
+    run = hr.Run(made.path)
+
+    for wrong in (
+        {"layout": "parts"},
+        {"layout": "two"},
+        {"layout": "parts", "with_source": True},
+        {"layout": "parts", "files": "linked"},
+    ):
+        with pytest.raises(UsageError):
+            run.collect(tmp_path / "out", **wrong)
+
+
+def test_the_types_that_methods_return_can_be_looked_up():
+    """``typing.get_type_hints`` finds them, and hpcresume has their names."""
+    functions = [hr.submit, hr.status, *(f for _, f in inspect.getmembers(hr.Run, callable))]
+    hints = [typing.get_type_hints(f) for f in functions if inspect.isfunction(f)]
+    returned = {one.get("return") for one in hints}
+
+    assert {hr.CollectReport, hr.Standing, hr.Stopped, list[hr.FailedSource]} <= returned
 
 
 def test_status_of_no_run_says_so(tmp_path):
@@ -146,6 +314,17 @@ def test_wait_gives_up_in_time(tmp_path):
     made.publish(made.attempt(), [[0]], progress=Progress(completed=1, left=2))
 
     assert "running" == hr.Run(made.path).wait(timeout_s=0)["state"]
+
+
+def test_a_limit_below_the_pause_is_kept(tmp_path):
+    """The last look is at the limit, not a whole pause later."""
+    made = make_run(tmp_path, sources=3)
+    made.publish(made.attempt(), [[0]], progress=Progress(completed=1, left=2))
+    start = time.monotonic()
+    found = hr.Run(made.path).wait(timeout_s=0.2, poll_s=60)
+
+    assert "running" == found["state"]
+    assert 0.2 <= time.monotonic() - start < 30
 
 
 def test_cancel_leaves_the_stop_mark(tmp_path):

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": RUN | {"pipeline", "ledger", "sinks"},
     "task": RUN | {"engine", "ledger", "merge", "config", "slurm", "pipeline"},
     "launch": RUN | {"task", "engine", "merge", "config", "slurm", "pipeline", "output", "observe"},
-    "api": RUN | {"launch", "merge", "observe", "output"},
+    "api": RUN | {"config", "launch", "merge", "observe", "output", "pipeline"},
     "doctor": {"engine", "slurm", "fs", "config", "run"},
     "evals": RUN | {"launch", "pipeline", "output", "merge", "sinks"},
     "examples": {"(public)", "serving"},

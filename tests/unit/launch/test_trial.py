@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import hpcresume as hr
 from hpcresume.cli import cli
-from hpcresume.errors import NotResumableError, SourcesError, UsageError
+from hpcresume.errors import NotResumableError, PipelineError, SourcesError, UsageError
 from hpcresume.launch.estimate import estimate_run, limit_seconds, spell_time, suggest
 from hpcresume.launch.trial import run_trial, trial
 from hpcresume.launch.trial_sample import Spread, even_positions, spread
@@ -180,6 +181,50 @@ def test_an_id_that_is_not_listed_is_refused(listing, name):
     """The error names the id; ids are compared whole."""
     with pytest.raises(SourcesError, match=f"'{name}'"):
         trial(hr.Pipeline("t", listing, [str]), sources=[name])
+
+
+def test_naming_no_source_runs_none():
+    """Only None stands for a spread."""
+    report = trial(hr.Pipeline("t", ["a", "b"], [str]), sources=[])
+
+    assert ([], 2) == (report.sources, report.total)
+
+
+IN_A_FILE = """
+import hpcresume as hr
+
+def pipeline(n: int = 3) -> hr.Pipeline:
+    return hr.Pipeline("filed", hr.indexed(n), [str])
+"""
+
+
+def test_a_trial_takes_what_submit_takes(tmp_path, monkeypatch):
+    """A file, as text or path, or the function in it, with parameters."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "filed.py").write_text(IN_A_FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import filed
+
+    found = [
+        trial("filed.py"),
+        trial(tmp_path / "filed.py", params={"n": "5"}),
+        trial(filed.pipeline, params={"n": 1}),
+    ]
+    monkeypatch.delitem(sys.modules, "filed")
+
+    assert [("filed", 3), ("filed", 5), ("filed", 1)] == [(r.pipeline, r.total) for r in found]
+
+
+def test_what_no_trial_can_run_is_refused_with_the_way():
+    """Not with an attribute that is missing."""
+    with pytest.raises(PipelineError, match=r"hr\.trial\('pipeline\.py'\)"):
+        trial(3)
+    with pytest.raises(PipelineError, match=r"hr\.trial\(pipeline\(\)\)"):
+        trial(lambda: hr.Pipeline("t", ["a"], [str]))
+    with pytest.raises(PipelineError, match="no such file"):
+        trial("nope.py")
+    with pytest.raises(UsageError, match="made already"):
+        trial(hr.Pipeline("t", ["a"], [str]), params={"n": 1})
 
 
 def test_files_and_scratch_of_a_trial_are_removed(own_temporary):
