@@ -293,6 +293,18 @@ def test_collect_takes_what_the_command_takes(tmp_path):
             run.collect(tmp_path / "out", **wrong)
 
 
+def test_parts_are_collected_into_a_directory(written):
+    """As with --layout parts: the same rows, in files."""
+    text = (written / "pipeline.py").read_text()
+    parts = text.replace("[hr.stage(square)])", '[hr.stage(square)], sink=hr.Parts("jsonl"))')
+    (written / "pipeline.py").write_text(parts)
+    run = hr.submit("pipeline.py", params={"n": 3}, cluster="local", settings=INLINE)
+    report = run.collect("parts", layout="parts")
+
+    assert (True, 3) == (report.complete, report.rows)
+    assert any((written / "parts").iterdir())
+
+
 def test_the_types_that_methods_return_can_be_looked_up():
     """``typing.get_type_hints`` finds them, and hpcresume has their names."""
     functions = [hr.submit, hr.status, *(f for _, f in inspect.getmembers(hr.Run, callable))]
