@@ -53,6 +53,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from hpcresume.fs import POSIX
+from tests.bench.plot import Axis, curves
 
 MEASURED = Path(__file__).with_name("measured.json")
 DAY = 86400.0
@@ -360,49 +361,22 @@ def text(costs: Costs) -> str:
     )
 
 
-LEFT, TOP, WIDE, HIGH = 48, 16, 420, 170
-
-
 def plot(costs: Costs) -> str:
     """Return makespan over preemption as SVG."""
-    curves = {"static shards": replace(BASE, is_static=True), "hpcresume": BASE}
+    settings = {"static shards": replace(BASE, is_static=True), "hpcresume": BASE}
     hours = {
         name: [
-            simulate(replace(setting, preempted_per_day=rate), costs).makespan_s / 3600
+            (rate, simulate(replace(setting, preempted_per_day=rate), costs).makespan_s / 3600)
             for rate in PREEMPTIONS
         ]
-        for name, setting in curves.items()
+        for name, setting in settings.items()
     }
-    most = math.ceil(max(map(max, hours.values())) / 4) * 4
-    size = f"0 0 {LEFT + WIDE + 100} {TOP + HIGH + 44}"
-    style = "text{fill:#777}line{stroke:#999}polyline{fill:none;stroke-width:2}"
-    form = 'font-family="sans-serif" font-size="11"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" {form}>']
-    parts.append(f"<style>{style}</style>")
-    for tick in range(0, most + 1, 4):
-        y = TOP + HIGH * (1 - tick / most)
-        parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDE}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick} h</text>')
-    for rate in (0, 0.25, 0.5, 0.75, 1):
-        x = LEFT + WIDE * rate
-        parts.append(
-            f'<text x="{x:.0f}" y="{TOP + HIGH + 16}" text-anchor="middle">{rate:g}</text>'
-        )
-    middle = LEFT + WIDE // 2
-    parts.append(
-        f'<text x="{middle}" y="{TOP + HIGH + 36}" text-anchor="middle">'
-        "preemptions of each array task in a day</text>"
+    most = math.ceil(max(taken for line in hours.values() for _, taken in line) / 4) * 4
+    return curves(
+        hours,
+        Axis((0, 0.25, 0.5, 0.75, 1), "{:g}", "preemptions of each array task in a day"),
+        Axis(range(0, most + 1, 4), "{:g} h"),
     )
-    for (name, values), colour in zip(hours.items(), ("#c44", "#27a"), strict=True):
-        points = [
-            (LEFT + WIDE * rate, TOP + HIGH * (1 - value / most))
-            for rate, value in zip(PREEMPTIONS, values, strict=True)
-        ]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline stroke="{colour}" points="{line}"/>')
-        x, y = points[-1]
-        parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" style="fill:{colour}">{name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
 
 
 CALLS = "calls on the run directory"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.bench.__main__ import main, once
 from tests.bench.cases import check, expected
+from tests.bench.memory import plot as memory_plot
 from tests.bench.table import Case, markdown, report
 
 
@@ -65,3 +67,18 @@ def test_a_target_is_judged() -> None:
         line["name"]: line.get("verdict") for line in report([slow, fast, alone, never])["lines"]
     }
     assert {"slow": None, "fast": "met", "alone": "missed", "never": "not measured"} == verdicts
+
+
+def test_the_plot_of_memory(tmp_path: Path) -> None:
+    """It draws what the driver held over its sources; a table without that is refused."""
+    table = tmp_path / "bench.json"
+    values = {"driver": [[0, 60_000_000], [5_000_000, 70_000_000], [10_000_000, 140_000_000]]}
+    lines = [{"group": "memory over 10,000,000 sources", "name": "driver", "values": values}]
+    table.write_text(json.dumps({"lines": lines}))
+    drawn = memory_plot(table)
+    assert ["0 MB", "50 MB", "100 MB", "150 MB"] == re.findall(r">(\d+ MB)<", drawn)
+    assert "10.0" in drawn
+    assert 'points="56.0,118.0 266.0,106.7 476.0,27.3"' in drawn
+    table.write_text(json.dumps({"lines": lines[:0]}))
+    with pytest.raises(KeyError, match="does not hold"):
+        memory_plot(table)
