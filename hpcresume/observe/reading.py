@@ -46,6 +46,7 @@ class AttemptFiles:
         footer: What its newest segment says.
         points: How it stood when it sealed each of its last segments.
         alive: Whether its process runs; None where nobody here can tell.
+        won: Sources whose rows are taken from its segments, as far as these were looked at.
     """
 
     ref: AttemptRef
@@ -54,6 +55,7 @@ class AttemptFiles:
     footer: SegmentFooter | None = None
     points: deque[Progress] = field(default_factory=lambda: deque(maxlen=_POINTS))
     alive: bool | None = False
+    won: int = 0
     known: set[str] = field(default_factory=set)
 
     @property
@@ -78,7 +80,8 @@ class AttemptFiles:
         """Sources that it completed, as far as it has told."""
         if self.outcome is not None:
             return self.outcome.completed
-        return self.footer.progress.completed if self.footer else 0
+        # It tells now and then, and what it has completed since is published, too.
+        return max(self.won, self.footer.progress.completed) if self.footer else 0
 
     @property
     def started_at(self) -> float | None:
@@ -262,6 +265,7 @@ class Reader:
         newest = max((name.seq for name in names), default=0)
         for name in sorted(names, key=lambda name: name.seq):
             footer = self._take_in(attempt, name, is_newest=name.seq == newest)
+            attempt.won += len(self.union.won.get((attempt.writer, name.name), ()))
             if footer is not None:
                 attempt.footer = footer
                 attempt.points.append(footer.progress)

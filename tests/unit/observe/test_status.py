@@ -252,6 +252,23 @@ def test_counts_of_sources(tmp_path):
     assert (5, 2) == (status.tasks[0].completed, status.tasks[0].in_flight)
 
 
+def test_an_attempt_that_died_completed_what_is_published_of_it(tmp_path):
+    """What it published after it told last counts, however it stands in a generation."""
+    made = make_run(tmp_path, sources=10)
+    ref = made.attempt(pid=ended_pid())
+    told = Progress(elapsed_s=2.0, completed=3)
+    made.publish(ref, [range(4)], progress=told)
+    made.merge()
+    made.publish(ref, [range(4, 7)], seq=2, progress=told)
+    status = read_status(made.run)
+
+    assert (7, 7, 0) == (
+        status.tasks[0].completed,
+        status.sources.completed,
+        status.sources.at_risk,
+    )
+
+
 def test_withdrawn_sources_do_not_count(tmp_path):
     """Sources that the listing no longer holds are in no count."""
     made = make_run(tmp_path, sources=4)
