@@ -203,7 +203,8 @@ def test_a_source_that_would_not_finish_is_not_started(slurm_cluster: SlurmClust
     With little time left only sources are started that are expected to finish, from what
     others took and from their weights; the others get a fresh attempt, and are started once.
     """
-    plan = {"long": (10.0, 100.0), **equal(20, 0.5)}
+    # By its weight it takes 75 s, which no attempt under this limit has left.
+    plan = {"long": (10.0, 150.0), **equal(20, 0.5)}
     plan = {"s": (0.5, 1.0), **plan}
     timed = Timed(slurm_cluster, plan, "-t", "1")
 
