@@ -17,8 +17,9 @@ Assumptions, all of them:
    Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025, arXiv 2410.21680).
    A task has one node; failures are independent.  Slurm notices after ``SlurmdTimeout``, 300 s.
 5. An attempt takes ``start_s`` before its first source, as measured.  It publishes every
-   ``interval_s`` and at its end.  Preempted it loses nothing that it completed; with its node it loses what it
-   completed since the last publication.  Time limits are as preemption, and left out.
+   ``interval_s`` and at its end.  Preempted it loses nothing that it completed; with its node it
+   loses what it completed since the last publication.  Time limits are as preemption, and left
+   out.
 6. Calls on the run directory are those that the kernel counted: of an attempt and of each of its
    workers, while it starts, and of each publication.  Caches on the nodes answer some of them, so
    the server sees fewer.  Within an interval an attempt publishes at any moment alike.  Bytes are
