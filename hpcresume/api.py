@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast
@@ -24,6 +22,7 @@ from hpcresume.observe.failures import FailedSource
 from hpcresume.output import run as opened
 from hpcresume.output.collect import CollectReport
 from hpcresume.pipeline.target import target_of
+from hpcresume.run.directory import RunDir
 
 
 class Request(TypedDict, total=False):
@@ -159,16 +158,11 @@ class Run(opened.Run):
         """
         from hpcresume.observe.status import readings
 
-        end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        pause = threading.Event()
-        for found in readings(self._run, pause_s=0):
-            left_s = end - time.monotonic()
-            if found.ended or left_s <= 0:
-                return found.to_dict()
-            pause.wait(min(poll_s, left_s))
+        for found in readings(self._run, pause_s=poll_s, timeout_s=timeout_s):
             # A directory that has gone would be waited for without end.
-            self._run  # noqa: B018
-        raise AssertionError("readings end with one that has ended")
+            RunDir.open(str(self.path))
+            last = found
+        return last.to_dict()
 
     def collect(
         self,

@@ -186,7 +186,7 @@ class ChunkResult:
 
     Attributes:
         seconds: How long the call took in the worker.
-        took: The same for each call that this is the result of; empty: it is one.
+        took: How long the stages took in each of the calls that this is the result of.
         counts: What each stage of the group did, in order.
         failures: The slots that failed.
         worked: Names of the stages that worked for a source after their last failure.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -32,7 +31,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import GeneratorType
 from typing import Any, TypeVar
@@ -210,14 +209,14 @@ class Chain:
             inputs: The items.
             marked: Write the worker's mark before every item, for a call that may kill it.
         """
-        return await _Call(self, inputs, marked=marked).run()
+        return await Call(self, inputs, marked=marked).run()
 
-    async def process(self, inputs: Inputs) -> ChunkResult | Processed:
+    async def process(self, inputs: Inputs) -> ChunkResult | Call:
         """Run the stages over an item; what comes of it is for :meth:`finish`, if not a result."""
-        call = _Call(self, inputs, marked=False)
+        call = Call(self, inputs, marked=False)
         return await call.process() or call
 
-    def finish(self, processed: Sequence[Processed]) -> ChunkResult:
+    def finish(self, processed: Sequence[Call]) -> ChunkResult:
         """Return the result of items that were processed each by itself, as one of all.
 
         Args:
@@ -228,8 +227,8 @@ class Chain:
         return first.finish()
 
 
-class _Call:
-    """One call of a chain."""
+class Call:
+    """One call of a chain: its stages run over the items, then what they made becomes a result."""
 
     def __init__(self, chain: Chain, inputs: Inputs, *, marked: bool) -> None:
         self.chain, self.inputs, self.marked = chain, inputs, marked
@@ -269,7 +268,7 @@ class _Call:
         """Return the bytes of the encoded rows or items that were made."""
         return sum(len(made) for made in self.made.items if isinstance(made, bytes))
 
-    def join(self, others: Sequence[_Call]) -> None:
+    def join(self, others: Sequence[Call]) -> None:
         """Take in other calls of one item each that are processed, as more items of this one."""
         self.inputs = Inputs.concat([self.inputs, *(call.inputs for call in others)])
         for slot, call in enumerate(others, len(self.inputs) - len(others)):
@@ -440,7 +439,6 @@ class _Call:
     ) -> None:
         """Draw many fan-outs one after another: most are at their end after a few items."""
         out, count = _Items(), self.counts[number]
-        full: dict[ItemPath, ItemPath] = {}
         for slot, path, values in zip(items.slots, items.paths, fan_outs, strict=True):
             if slot in self.failures:
                 await self._fan_out(number, slot, path, values, out)  # which closes it
@@ -450,8 +448,8 @@ class _Call:
             count.seconds += time.perf_counter() - start
             made = len(children)
             if error is None and 0 < made < _DRAW_ITEMS and _are_plain(children):
-                parent = full.get(path) or full.setdefault(path, self._full(path, number))
-                out.extend(children, [slot] * made, _child_paths(parent, 0, made))
+                paths = _child_paths(self._full(path, number), 0, made)
+                out.extend(children, [slot] * made, paths)
                 count.items_out += made
                 self._note_passed(number, (slot,))
             else:
@@ -829,10 +827,6 @@ class _Call:
         result.completed = len(good)
 
 
-Processed = _Call
-"""A call whose stages have run."""
-
-
 def _adopt(
     children: list[Any], slot: int, parent: ItemPath, n: int, out: _Items
 ) -> tuple[int, Failed | None]:
@@ -865,7 +859,7 @@ def _child_paths(parent: ItemPath, n: int, count: int) -> list[ItemPath]:
     return _first_children(parent, 1 << power)[n : n + count]
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _first_children(parent: ItemPath, count: int) -> list[ItemPath]:
     """Return the paths of a path's first children, which all sources share."""
     return [ItemPath((*parent, k)) for k in range(count)]

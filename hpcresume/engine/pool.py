@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hpcresume.engine.calls import ChunkResult, Inputs
-from hpcresume.engine.chain import Chain, ChainPlace, Processed, run_now
+from hpcresume.engine.chain import Call, Chain, ChainPlace, run_now
 from hpcresume.engine.groups import Group
 from hpcresume.errors import HpcResumeError
 from hpcresume.pipeline.context import Worker
@@ -157,7 +157,7 @@ class InlinePool:
         self._failed: BaseException | None = None
         self._fresh: deque[tuple[WorkerRef, int, Inputs]] = deque()
         self._under_way: defaultdict[WorkerRef, set[asyncio.Task[None]]] = defaultdict(set)
-        self._processed: defaultdict[WorkerRef, list[tuple[int, Processed]]] = defaultdict(list)
+        self._processed: defaultdict[WorkerRef, list[tuple[int, Call]]] = defaultdict(list)
         self._queue: list[tuple[WorkerRef, int, Inputs]] = []
         any_async = any(group.is_async for group in groups)
         self._loop: _LoopThread | _LoopHere | None = None
@@ -293,7 +293,7 @@ class InlinePool:
                 return
 
     @staticmethod
-    def _finish(processed: list[tuple[int, Processed]]) -> Iterator[Finished]:
+    def _finish(processed: list[tuple[int, Call]]) -> Iterator[Finished]:
         """Yield what came of items that were processed each by itself, of many together."""
         # Frames need the order of the sources.
         processed.sort(key=lambda entry: entry[1].inputs.sources[0])
@@ -316,16 +316,17 @@ class InlinePool:
             self.retire(worker)
 
 
-def _parts(processed: list[tuple[int, Processed]]) -> Iterator[list[tuple[int, Processed]]]:
+def _parts(processed: list[tuple[int, Call]]) -> Iterator[list[tuple[int, Call]]]:
     """Yield processed items in parts whose rows one frame holds with ease."""
-    part: list[tuple[int, Processed]] = []
+    part: list[tuple[int, Call]] = []
     size_bytes = 0
     for entry in processed:
-        size_bytes += entry[1].rows_bytes()
-        if part and size_bytes > _FRAME_BYTES:
+        added = entry[1].rows_bytes()
+        if part and size_bytes + added > _FRAME_BYTES:
             yield part
-            part, size_bytes = [], entry[1].rows_bytes()
+            part, size_bytes = [], 0
         part.append(entry)
+        size_bytes += added
     if part:
         yield part
 

@@ -104,7 +104,7 @@ def finish_run(run: RunDir, manifest: Manifest, standing: Standing, pipeline: Pi
         return Step("finished", standing)
     failed = ""
     if standing.total:
-        failed = run_finish(run, pipeline, standing.union.completed - manifest.withdrawn())
+        failed = _run_finish(run, pipeline, standing.union.completed - manifest.withdrawn())
     if failed:
         mark_stopped(run, standing, f"{failed}. All sources are settled. Mend it and submit again")
         return Step("stopped", standing)
@@ -112,13 +112,7 @@ def finish_run(run: RunDir, manifest: Manifest, standing: Standing, pipeline: Pi
     return Step("finished", standing)
 
 
-def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
-    """Tell the user's command of a run's end, where a step led to one."""
-    if step.state in ENDS:
-        tell_end(run, step.standing.union.number, settings.run.on_end)
-
-
-def run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
+def _run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
     """Run ``Pipeline(finish=...)`` over an ended run's rows, published by rename.
 
     It runs again only where other sources are complete than the last time: the list has grown,
@@ -128,8 +122,10 @@ def run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
     Returns:
         What it raised; empty where it did what it is to do.
     """
+    if pipeline.finish is None:
+        return ""
     target, sources = run.join("finish"), _source_set(completed)
-    if pipeline.finish is None or _finished_over(target) == sources:
+    if _finished_over(target) == sources:
         return ""
     from hpcresume.output.run import Run
 
@@ -145,7 +141,7 @@ def run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
             log.exception("finish failed")
             name = getattr(pipeline.finish, "__name__", type(pipeline.finish).__name__)
             return f"finish={name} raised {describe(error)}"
-        _write(os.path.join(temporary, _FINISHED_OVER), sources)
+        Path(temporary, _FINISHED_OVER).write_text(sources)
         for directory, _, files in os.walk(temporary):
             for name in files:
                 _sync_file(os.path.join(directory, name))
@@ -189,14 +185,15 @@ def _finished_over(target: str) -> str | None:
     return None
 
 
-def _write(path: str, text: str) -> None:
-    with open(path, "x") as file:
-        file.write(text)
-
-
 def _sync_file(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def tell_of(run: RunDir, step: Step, settings: Settings) -> None:
+    """Tell the user's command of a run's end, where a step led to one."""
+    if step.state in ENDS:
+        tell_end(run, step.standing.union.number, settings.run.on_end)

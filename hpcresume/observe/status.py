@@ -7,6 +7,7 @@ rules.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -237,24 +238,33 @@ ASK_SLURM_S = 30.0
 """squeue burdens a controller that every user shares."""
 
 
-def readings(run: RunDir, *, pause_s: float, budget_s: float | None = None) -> Iterator[Status]:
-    """Yield how the run stands until it has ended; the last one says how.
+def readings(
+    run: RunDir,
+    *,
+    pause_s: float,
+    budget_s: float | None = None,
+    timeout_s: float | None = None,
+) -> Iterator[Status]:
+    """Yield how the run stands until it has ended, or time is up; the last one says how.
 
     Args:
         run: The run.
         pause_s: Seconds between two readings.
         budget_s: Seconds that one reading takes at most, about.
+        timeout_s: Seconds after which the last reading is made; None: not before the run's end.
     """
     watcher, asked_at, pause = Watcher(run), -ASK_SLURM_S, threading.Event()
+    end = math.inf if timeout_s is None else time.monotonic() + timeout_s
     while True:
         ask = time.monotonic() - asked_at >= ASK_SLURM_S
         if ask:
             asked_at = time.monotonic()
         found = watcher.read(ask_slurm=ask, budget_s=budget_s)
         yield found
-        if found.ended and found.seen == 1:
+        left_s = end - time.monotonic()
+        if (found.ended and found.seen == 1) or left_s <= 0:
             return
-        pause.wait(pause_s)
+        pause.wait(min(pause_s, left_s))
 
 
 def _judge(reader: Reader, life: Life) -> Status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from pyroaring import BitMap
 
 import hpcresume as hr
 from hpcresume.engine.calls import Inputs
-from hpcresume.engine.executor import Limits, StageBrokenError
-from hpcresume.engine.pool import WorkerRef
+from hpcresume.engine.chain import Chain
+from hpcresume.engine.executor import Executor, Limits, StageBrokenError
+from hpcresume.engine.groups import make_groups
+from hpcresume.engine.pool import Event, Finished, Started, WorkerRef
 from hpcresume.errors import PoolUnrecoverable
 from hpcresume.pipeline.child import CommandOutOfMemoryError
-from tests.unit.engine.pools import Bench, Death
+from tests.unit.engine.chains import ChainCase
+from tests.unit.engine.pools import Bench, Death, ListFeed, Outcomes
 
 
 def one(x: Any) -> Any:
@@ -782,3 +786,55 @@ def test_commands_that_memory_runs_out_for(tmp_path: Path, stages: int, limit: s
     assert (1 + charges, 2) == (tries.count(7), tries.count(3))
     assert set(range(30)) - {7} == bench.outcomes.rows.keys()
     assert ({}, 1 - bool(limit)) == (bench.outcomes.open, bench.executor.deferred)
+
+
+class Joining:
+    """A pool that answers all calls it holds together; each took 20 ms for a unit of weight."""
+
+    oom_deaths = 0
+
+    def __init__(self, chain: Chain, weights: dict[int, float]) -> None:
+        self._chain, self._weights = chain, weights
+        self._events: list[Event] = []
+        self._held: list[tuple[int, Inputs]] = []
+
+    def start(self, worker: WorkerRef) -> None:
+        self._events.append(Started(worker))
+
+    def submit(self, worker: WorkerRef, call: int, inputs: Inputs, *, marked: bool) -> None:
+        self._held.append((call, inputs))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        events, self._events = self._events, []
+        if events:
+            return events
+        held, self._held = self._held, []
+        processed = [asyncio.run(self._chain.process(inputs)) for _, inputs in held]
+        result = self._chain.finish(processed)  # type: ignore[arg-type]
+        result.took = [0.02 * self._weights[inputs.sources[0]] for _, inputs in held]
+        return [Finished([call for call, _ in held], result)]
+
+    def retire(self, worker: WorkerRef) -> None: ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+def test_joined_answers_are_paced_by_their_own_weights(case: ChainCase) -> None:
+    """What sources took per unit of weight is known although their answers came together."""
+    weights = {source: 31.0 if source % 4 == 3 else 1.0 for source in range(12)}
+
+    @hr.stage(max_concurrency=12)
+    async def work(source: int) -> int:
+        return source
+
+    chain, feed = case.make([work]), ListFeed(list(range(12)))
+    feed.weights = weights
+    groups = make_groups(chain.pipeline.stages, cpus=1)
+    pool = Joining(chain, weights)
+    executor = Executor(groups, pool, feed, Outcomes(), Limits(chunk_max=1))
+    executor.start()
+    assert executor.run(lambda: True)
+    assert 12 == executor.completed
+    paces = executor._admission.pace._counts
+    assert {12} == set(paces.values()), "all sources are equally fast for their weight"
+    assert 0.02 <= executor._admission.pace.likely() < 0.026

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -212,56 +211,34 @@ def test_large_rows_are_told_in_several_frames(tmp_path: Path) -> None:
     pool.close(DEADLINE_S)
 
 
-def run_all(directory: Path, stage: Any, count: int, *, tick_s: float = 0.0, **feed: Any) -> Any:
-    """Run sources 0, 1, ... through an executor that is busy between its events; return it."""
-    pipeline = hr.Pipeline("p", ["unused"], [stage])
-    groups = make_groups(pipeline.stages, cpus=1)
-    pool = InlinePool(
-        pipeline, groups, run_id="run", scratch=directory, outputs=None, seconds_left=lambda: None
-    )
-    sources = ListFeed(list(range(count)))
-    sources.weights = feed.get("weights", {})
-    executor = Executor(groups, pool, sources, Outcomes(), Limits(chunk_max=1))
-
-    def tick() -> bool:
-        if executor.in_flight:
-            time.sleep(tick_s)
-        return True
-
-    executor.start()
-    assert executor.run(tick)
-    pool.close(DEADLINE_S)
-    return executor
-
-
-def test_joined_answers_are_paced_by_their_own_weights(tmp_path: Path) -> None:
-    """What sources took per unit of weight is known although their answers came together."""
-    weights = {source: 31.0 if source % 4 == 3 else 1.0 for source in range(12)}
-
-    @hr.stage(max_concurrency=12)
-    async def work(source: int) -> int:
-        await asyncio.sleep(0.02 * weights[source])
-        return source
-
-    executor = run_all(tmp_path, work, 12, tick_s=0.8, weights=weights)
-    assert 12 == executor.completed
-    assert 0.02 <= executor._admission.pace.likely() < 0.05
-
-
 def test_calls_that_begin_after_their_worker_was_retired(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They run in the next worker, and the event loop has nothing to complain of."""
-    broken: list[int] = []
+    retired = threading.Event()
 
-    @hr.stage(max_concurrency=40)
-    async def work(source: int) -> Any:
-        time.sleep(0.01)  # noqa: ASYNC251  # so that others wait for their turn
-        if source == 0 and not broken:
-            broken.append(source)
-            return hr.WorkerBroken("once")
-        return source
+    class Work(hr.Stage):
+        max_concurrency = 40
 
-    assert 40 == run_all(tmp_path, work, 40).completed
+        async def process(self, source: int) -> Any:
+            if source == 0 and not retired.is_set():
+                return hr.WorkerBroken("once")
+            # The event loop stands still until then, and the calls behind this one wait.
+            retired.wait(DEADLINE_S)
+            return source
+
+        def teardown(self) -> None:
+            retired.set()
+
+    pipeline = hr.Pipeline("p", ["unused"], [Work()])
+    groups = make_groups(pipeline.stages, cpus=1)
+    pool = InlinePool(
+        pipeline, groups, run_id="run", scratch=tmp_path, outputs=None, seconds_left=lambda: None
+    )
+    executor = Executor(groups, pool, ListFeed(list(range(40))), Outcomes(), Limits(chunk_max=1))
+    executor.start()
+    assert executor.run(lambda: True)
+    pool.close(DEADLINE_S)
     gc.collect()
+    assert 40 == executor.completed
     assert [] == [record for record in caplog.records if record.name == "asyncio"]
