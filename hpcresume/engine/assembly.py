@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from pyroaring import BitMap
 
+from hpcresume.engine import blocks
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.pace import Pace
 from hpcresume.ids import ItemPath
@@ -141,7 +142,7 @@ class Assembly:
         return onward
 
     def _take_column(
-        self, inputs: Inputs, path: ItemPath, values: list[bytes], *, is_last: bool
+        self, inputs: Inputs, path: ItemPath, values: blocks.Items, *, is_last: bool
     ) -> Inputs | None:
         """
         Record a call that made one item of each of its own; None where that is not all.
@@ -159,6 +160,7 @@ class Assembly:
         if not is_last:
             ids = None if inputs.is_indexed else list(inputs.source_ids())
             return Inputs(sources, ids=ids, paths=[path] * len(sources), items=values)
+        assert isinstance(values, list), "rows are in no blocks"
         self._columns.append((sources, path, values))
         self._ended += filter(None, map(self._untime, known & self._standing))
         self._note_done(len(sources), sum(map(len, values)))
@@ -255,7 +257,7 @@ def _by_slot(result: ChunkResult, *, is_last: bool) -> ChunkResult:
     """Return a result with its column as rows or items of each slot."""
     assert result.column is not None
     path, values = result.column
-    made = {slot: [(path, value)] for slot, value in enumerate(values)}
+    made = {slot: [(path, value)] for slot, value in enumerate(blocks.singly(values))}
     if is_last:
         return dataclasses.replace(result, column=None, rows=made)
     return dataclasses.replace(result, column=None, emitted=made)
@@ -263,7 +265,7 @@ def _by_slot(result: ChunkResult, *, is_last: bool) -> ChunkResult:
 
 def _append(onward: Inputs, inputs: Inputs, slot: int, *, path: ItemPath, item: bytes) -> None:
     assert onward.paths is not None
-    assert onward.items is not None
+    assert isinstance(onward.items, list)
     attempt = inputs.attempt(slot)
     if attempt > 1:
         onward.attempts[len(onward)] = attempt

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpcresume.engine import blocks
 from hpcresume.ids import ROOT, ItemPath
 from hpcresume.segment.segment import StageCount
 
@@ -25,7 +26,7 @@ class Inputs:
         ids: Id of each item's source; None where it is the index.  Only for later groups.
         attempts: Number of the try, by slot; 1 where it is not given.
         paths: Path of each item; None for the sources themselves.
-        items: The items, pickled one by one; None for the first group.
+        items: The items, pickled one by one or in blocks; None for the first group.
         weight: Sum of the sources' weights; None where all are 1.  Only for the first group.
     """
 
@@ -34,7 +35,7 @@ class Inputs:
     ids: list[str] | None = None
     attempts: dict[int, int] = field(default_factory=dict)
     paths: list[ItemPath] | None = None
-    items: list[bytes] | None = None
+    items: blocks.Items | None = None
     weight: float | None = None
 
     def __len__(self) -> int:
@@ -60,7 +61,7 @@ class Inputs:
             column(self.ids),
             attempts,
             column(self.paths),
-            column(self.items),
+            None if self.items is None else column(blocks.singly(self.items)),
             # Who needs the weight of one source asks for one source.
             None if self.weight is None else self.weight * len(sources) / len(self),
         )
@@ -76,7 +77,7 @@ class Inputs:
             column(self.ids),
             {},
             column(self.paths),
-            column(self.items),
+            None if self.items is None else self.items[start:stop],
             None if self.weight is None else self.weight * len(sources) / len(self),
         )
 
@@ -103,7 +104,9 @@ class Inputs:
             [name for part in parts for name in part.source_ids()] if is_named else None,
             attempts,
             column("paths"),
-            column("items"),
+            None
+            if first.items is None
+            else blocks.join([part.items for part in parts if part.items is not None]),
             weight,
         )
 
@@ -148,7 +151,7 @@ class Inputs:
     def size_bytes(self) -> int:
         """Return the bytes of the encoded payloads or items, 0 where there are none."""
         if self.items is not None:
-            return sum(map(len, self.items))
+            return blocks.size_bytes(self.items)
         return sum(len(payload) for _, payload in self.records) if self.records else 0
 
 
@@ -213,6 +216,6 @@ class ChunkResult:
     completed: int = 0
     rows: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
     emitted: dict[int, list[tuple[ItemPath, bytes]]] = field(default_factory=dict)
-    column: tuple[ItemPath, list[bytes]] | None = None
+    column: tuple[ItemPath, blocks.Items] | None = None
     files: dict[int, list[tuple[ItemPath, str]]] = field(default_factory=dict)
     took: list[float] = field(default_factory=list)

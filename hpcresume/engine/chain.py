@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 
 import cloudpickle
 
+from hpcresume.engine import blocks
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
 from hpcresume.engine.guard import Running, StageTimeoutError, alarm, reason, user_traceback
 from hpcresume.engine.mark import Mark
@@ -152,6 +153,11 @@ class Chain:
         self.names = [stage.name for stage in pipeline.stages]
         self.is_first = first == 0
         self.is_last = first + len(stages) == len(pipeline.stages)
+        # Calls of async stages are of one item mostly; one of a block would take all along.
+        self.in_blocks = not any(
+            stage.traits.is_async
+            for stage in (stages[0], *pipeline.stages[first + len(stages) :][:1])
+        )
         self._limits = {
             id(stage): asyncio.Semaphore(stage.max_concurrency)
             for stage in stages
@@ -240,6 +246,9 @@ class Call:
         # Slots that the sources (0) and each stage (from 1) worked for.
         self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
         self.made = _Items()
+        # What was made for the next group, as long as every slot made one item, in order.
+        self._blocks = blocks.Blocks([]) if chain.in_blocks and not chain.is_last else None
+        self._read_items: list[Any] | None = None
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
@@ -316,6 +325,8 @@ class Call:
             sources = self.chain.pipeline.sources
             assert isinstance(sources, Indexed)
             return list(map(sources.payload, inputs.sources[slots[0] : slots[-1] + 1]))
+        if isinstance(inputs.items, blocks.Blocks):
+            return inputs.items[slots[0] : slots[-1] + 1].load()
         return list(map(self._input, slots))
 
     def _read_one(self, slot: int) -> Any:
@@ -337,6 +348,10 @@ class Call:
 
     def _input(self, slot: int) -> Any:
         inputs = self.inputs
+        if isinstance(inputs.items, blocks.Blocks):
+            if self._read_items is None:
+                self._read_items = inputs.items.load()
+            return self._read_items[slot]
         if inputs.items is not None:
             return pickle.loads(inputs.items[slot])
         if inputs.records is not None:
@@ -493,6 +508,15 @@ class Call:
         """Return a path with the zeros of the one-to-one stages before stage ``number``."""
         missing = self.chain.first + number - len(path)
         return ItemPath(path + (0,) * missing) if missing else path
+
+    def _full_paths(self, paths: list[ItemPath]) -> list[ItemPath]:
+        """Return the paths of what the group made of items."""
+        if paths.count(paths[0]) == len(paths):
+            return [self._full(paths[0], len(self.stages))] * len(paths)
+        if set(map(len, paths)) == {self.chain.first + len(self.stages)}:
+            return paths
+        full = {path: self._full(path, len(self.stages)) for path in set(paths)}
+        return list(map(full.__getitem__, paths))
 
     def _guarded(
         self,
@@ -722,10 +746,9 @@ class Call:
             self.passed[-1].append(items.slots)
             if self.chain.pipeline.sink is None:
                 return
-        paths = items.paths
-        if set(map(len, paths)) != {self.chain.first + len(self.stages)}:
-            full = {path: self._full(path, len(self.stages)) for path in set(paths)}
-            paths = list(map(full.__getitem__, paths))
+        paths = self._full_paths(items.paths)
+        if self._blocks is not None and self._pass_in_blocks(items, paths):
+            return
         packer = self.chain.packer
         encode = packer.row if self.chain.is_last else _pickled
         with contextlib.suppress(Exception):
@@ -739,19 +762,44 @@ class Call:
                 self._fail(slot, self.stages[-1].name, path, error)
                 self.counts[-1].failed += 1
 
+    def _pass_in_blocks(self, items: _Items, paths: list[ItemPath]) -> bool:
+        """Keep items in blocks; False where they do not go on from those that are in some."""
+        assert self._blocks is not None
+        n = len(self.made)
+        if items.slots == list(range(n, n + len(items))):
+            made = blocks.in_blocks(items.items)
+            if made is not None:
+                self._blocks.parts.extend(made.parts)
+                self.made.extend([None] * len(items), items.slots, paths)
+                return True
+        self._leave_blocks()
+        return False
+
+    def _leave_blocks(self) -> None:
+        if self._blocks is not None:
+            self.made.items, self._blocks = self._blocks.pickled(), None
+
     def _finish(self, result: ChunkResult) -> None:
         self._check_files()
         table = self._check_fit() if self.chain.is_last else None
         result.failures = [self.failures[slot] for slot in sorted(self.failures)]
         result.worked = sorted(self._worked())
-        good = [slot for slot in range(len(self.inputs)) if slot not in self.failures]
-        result.files = {slot: self.files[slot] for slot in good if slot in self.files}
-        made = self._without_failed(self.made)
+        good = list(range(len(self.inputs)))
+        if self.failures:
+            good = [slot for slot in good if slot not in self.failures]
+        if self.files:
+            result.files = {slot: self.files[slot] for slot in good if slot in self.files}
         if self.chain.is_first and self.chain.is_last:
-            self._build_frame(result, good, made, table)
-        elif (column := self._column()) is not None:
-            path, values = column
-            result.column = path, _travelling(values) if self.chain.is_last else values
+            self._build_frame(result, good, self._without_failed(self.made), table)
+            return
+        path = self._only_path()
+        if path is None:
+            self._leave_blocks()
+        made = self._without_failed(self.made)
+        if path is not None and self.chain.is_last:
+            result.column = path, _travelling(made.items)
+        elif path is not None:
+            result.column = path, self._blocks or made.items
         elif self.chain.is_last:
             made.items = _travelling(made.items)
             result.rows = made.by_slot(good)
@@ -798,13 +846,13 @@ class Call:
             self._fail(slot, self.stages[-1].name, made.paths[made.slots.index(slot)], error)
         return fit.table
 
-    def _column(self) -> tuple[ItemPath, list[Any]] | None:
-        """Return what all slots made where that is one item each, all of one path."""
+    def _only_path(self) -> ItemPath | None:
+        """Return the path of what was made where every slot made one item, and all have one."""
         made, n = self.made, len(self.inputs)
         if self.failures or self.files or not n or made.slots != list(range(n)):
             return None
         path = made.paths[0]
-        return (path, made.items) if made.paths.count(path) == n else None
+        return path if made.paths.count(path) == n else None
 
     def _build_frame(self, result: ChunkResult, good: list[int], made: _Items, table: Any) -> None:
         if not good:

@@ -358,8 +358,9 @@ class Executor:
 
     def _chunk_size(self, state: GroupState) -> int:
         limits, per_item = self._limits, state.seconds_per_item
-        left = self._admission.left() if state.group.number == 0 else state.waiting
         # Small calls at the end keep all workers busy until it.
+        reaching = self._groups[1 : state.group.number + 1]
+        left = self._admission.left() + sum(before.waiting for before in reaching)
         spread = -(-left // (4 * len(state.workers)))
         size = int(limits.chunk_target_s / per_item) if per_item else 1
         return max(

@@ -45,7 +45,9 @@ class Mark:
 
     def clear(self) -> None:
         """Say that nothing in particular is being worked on."""
-        self.fields[0] = self.fields[1] = self.fields[2] = 0
+        # Writing to a file's page may wait for the disk.
+        if any(self.fields):
+            self.fields[0] = self.fields[1] = self.fields[2] = 0
 
     def set(self, source: int | None, stage: int, timeout_s: float | None) -> None:
         """Say what is being worked on, and how long it may take."""

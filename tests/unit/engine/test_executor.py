@@ -127,6 +127,15 @@ def test_items_of_a_fan_out_travel_many_at_once(tmp_path: Path) -> None:
     assert len(bench.sizes(1)) < 60
 
 
+def test_later_groups_take_what_waits_while_sources_still_come(tmp_path: Path) -> None:
+    """One call costs the driver more than many quick items: they are cut small at the end only."""
+    bench = Bench(tmp_path, [one, second], [0] * 40_000, seconds_per_item=1e-6)
+    assert bench.run()
+    large = [size for size in bench.sizes(1) if size >= 4000]
+    assert sum(large) > 20_000
+    assert bench.sizes(1)[-1] < 1000
+
+
 def test_slow_items_go_to_idle_workers(tmp_path: Path) -> None:
     """No source waits behind a slow one while another worker has nothing to do."""
     bench = Bench(tmp_path, [one], [0] * 4, workers=4, seconds_per_item=3600)
