@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcresume.api import Run, status, submit
     from hpcresume.errors import HpcResumeError
+    from hpcresume.launch.cleaning import Cleaned
     from hpcresume.launch.rounds import Standing
     from hpcresume.launch.stopping import Stopped
     from hpcresume.launch.trial import trial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunk",
+    "Cleaned",
     "CollectReport",
     "Context",
     "Failed",
@@ -63,6 +65,7 @@ __all__ = [
 
 _HOMES = {
     "Chunk": "hpcresume.pipeline.chunk",
+    "Cleaned": "hpcresume.launch.cleaning",
     "CollectReport": "hpcresume.output.collect",
     "Context": "hpcresume.pipeline.context",
     "Failed": "hpcresume.pipeline.sentinels",

@@ -1,8 +1,8 @@
 """The commands as Python functions, for notebooks and scripts.
 
 ``hr.submit`` starts or continues a run and returns it; :class:`Run` mirrors the commands
-status, collect, failures, cancel, merge, report and ``logs --source``.  The others that take a run
-(drive, render, clean, watch, and logs by task) are commands only.  Errors are the same exceptions
+status, collect, failures, cancel, clean, merge, report and ``logs --source``.  The others that take
+a run (drive, render, watch, and logs by task) are commands only.  Errors are the same exceptions
 that end the commands; nothing here prints or exits.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 
 from hpcresume.config.layers import layer_of, schema
 from hpcresume.errors import UsageError
+from hpcresume.launch.cleaning import Cleaned, clean_run
 from hpcresume.launch.rounds import Standing
 from hpcresume.launch.stopping import Stopped
 from hpcresume.observe.failures import FailedSource
@@ -224,6 +225,26 @@ class Run(opened.Run):
         from hpcresume.launch.stopping import stop_run
 
         return stop_run(self._run)
+
+    def clean(self, *, everything: bool = False, remove: bool = False) -> Cleaned:
+        """Remove what the run no longer needs, or say what that is.
+
+        That is temporary files of killed tasks, and small segments that packs hold.  Results,
+        logs and records stay, unless everything goes.
+
+        Args:
+            everything: The whole run directory, with its results; the run is gone then.
+            remove: Remove, as ``clean --yes``; segments in no pack yet are folded into one first.
+
+        Returns:
+            The ``paths`` that were removed, or would be, and their ``size_bytes``.
+
+        Raises:
+            RunDirError: The run is in use, belongs to somebody else, is not tagged as a run of
+                hpcresume, or a file cannot be removed.
+            SharedStorageError: A segment cannot be read, or a pack not be written.
+        """
+        return clean_run(self._run, everything=everything, remove=remove)
 
     def merge(self) -> Standing:
         """Unite what has been published so far into a generation; nothing is submitted.

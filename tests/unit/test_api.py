@@ -246,6 +246,7 @@ def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
         lambda run: run.wait(),
         lambda run: run.merge(),
         lambda run: run.cancel(),
+        lambda run: run.clean(remove=True),
         lambda run: run.log_lines("s1.txt"),
         lambda run: run.report("report.html"),
     ],
@@ -311,7 +312,8 @@ def test_the_types_that_methods_return_can_be_looked_up():
     hints = [typing.get_type_hints(f) for f in functions if inspect.isfunction(f)]
     returned = {one.get("return") for one in hints}
 
-    assert {hr.CollectReport, hr.Standing, hr.Stopped, list[hr.FailedSource]} <= returned
+    named = {hr.Cleaned, hr.CollectReport, hr.Standing, hr.Stopped, list[hr.FailedSource]}
+    assert named <= returned
 
 
 def test_status_of_no_run_says_so(tmp_path):
@@ -347,6 +349,41 @@ def test_cancel_leaves_the_stop_mark(tmp_path):
 
     assert ([], []) == (run.cancel().jobs, run.cancel().processes)
     assert made.run.stop_requested()
+
+
+def test_clean_says_what_it_would_remove_and_removes_it(tmp_path):
+    """Nothing goes that is not asked for: temporary files and folded segments, or all of it."""
+    made = make_run(tmp_path, sources=3)
+    ref = made.attempt()
+    for source in range(3):
+        made.publish(ref, [[source]], seq=source + 1)
+    made.end(ref)
+    made.finish()
+    garbage = Path(made.run.attempt_path(ref)) / ".tmp-1234"
+    garbage.write_bytes(b"x" * 100)
+    small = [Path(made.run.segment_path(name)) for name in made.run.segments(ref)[:-1]]
+    size_bytes, run = 100 + sum(path.stat().st_size for path in small), hr.Run(made.path)
+
+    would, kept = run.clean(), [path.exists() for path in (garbage, *small)]
+    cleaned = run.clean(remove=True)
+
+    paths = sorted(map(str, (garbage, *small)))
+    assert hr.Cleaned(paths, 2, size_bytes, removed=False) == would
+    assert hr.Cleaned(paths, 2, size_bytes, removed=True) == cleaned
+    assert ([True] * 3, [False] * 3) == (kept, [Path(path).exists() for path in paths])
+    assert 3 == len(list(run.rows()))
+    assert [made.path] == run.clean(everything=True, remove=True).paths
+    assert not run.path.exists()
+
+
+def test_a_run_in_use_is_not_cleaned(tmp_path):
+    """The error is the command's, whose exit code is that of run directories."""
+    made = make_run(tmp_path)
+    made.attempt()
+
+    with pytest.raises(RunDirError, match=r"in use \(running\)"):
+        hr.Run(made.path).clean(everything=True, remove=True)
+    assert Path(made.path).exists()
 
 
 def test_merge_unites_what_was_published(written):
