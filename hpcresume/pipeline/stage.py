@@ -81,7 +81,8 @@ class Stage:
     """A step of a pipeline with state: a model, a GPU, a local server.
 
     Override ``process(item[, ctx])`` or ``process_batch(items[, contexts])``, not both;
-    either may be async.
+    either may be async.  ``ctx`` is a :class:`Context`, and ``contexts`` a list of them.
+    Around all items of a worker come :meth:`setup` and :meth:`teardown`, which are not async.
 
     Attributes:
         name: Default: the class's name in snake_case.
@@ -116,11 +117,23 @@ class Stage:
         if "name" not in cls.__dict__:
             cls.name = snake_case(cls.__name__)
 
-    def setup(self, worker: Worker) -> None:
-        """Prepare this worker, once, before its first item."""
+    # Whatever a subclass calls its parameter, it is the same to who calls it.
+    def setup(self, worker: Worker, /) -> None:
+        """Prepare this worker, once, before its first item: load a model, start a server.
+
+        What it raises, or more than ``setup_timeout_s``, keeps the worker from starting, and
+        no source is charged.
+
+        Args:
+            worker: The process that this instance lives in: its number, cores, GPUs and a
+                directory; what ``worker.spawn`` starts ends with it.
+        """
 
     def teardown(self) -> None:
-        """Release what :meth:`setup` took; called when the worker ends in order."""
+        """Release what :meth:`setup` took; called when the worker ends in order.
+
+        What it raises is logged, and changes nothing: what was computed is safe by then.
+        """
 
     @functools.cached_property
     def traits(self) -> StageTraits:
@@ -331,6 +344,7 @@ def _check_options(stage: Stage) -> None:
             stage=str(stage.name),
         )
     traits = stage.traits
+    _refuse_coroutines(stage)
     _check_number(stage, "cpus", minimum=0)
     _check_number(stage, "gpus", minimum=0)
     _check_number(stage, "setup_timeout_s", above=0)
@@ -344,6 +358,17 @@ def _check_options(stage: Stage) -> None:
         _refuse_option(stage, "max_concurrency", "only an async stage has several items in flight")
     if stage.batch_size > 1 and not traits.is_batch:
         _refuse_option(stage, "batch_size", "only process_batch takes batches")
+
+
+def _refuse_coroutines(stage: Stage) -> None:
+    for hook in ("setup", "teardown"):
+        if inspect.iscoroutinefunction(getattr(stage, hook)):
+            raise PipelineError(
+                f"stage {stage.name!r}: {hook} is async, and nobody would await it. "
+                f"It is called around all items of a worker, not beside them. Write `def {hook}`; "
+                "what has to be awaited is made by the first process() that needs it.",
+                stage=stage.name,
+            )
 
 
 def _check_number(

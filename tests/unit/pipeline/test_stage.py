@@ -278,6 +278,16 @@ class NeedsArguments(One):
         self.model = model
 
 
+class AsyncSetup(One):
+    async def setup(self, worker: hr.Worker) -> None:
+        del worker
+
+
+class AsyncTeardown(One):
+    async def teardown(self) -> None:
+        pass
+
+
 def _with(**options: Any) -> hr.Stage:
     made = One()
     for name, value in options.items():
@@ -292,6 +302,8 @@ def _with(**options: Any) -> hr.Stage:
         pytest.param(Both, ["Both", "both"], id="both methods"),
         pytest.param(BatchGenerator, ["batch_generator", "generator"], id="batch generator"),
         pytest.param(NeedsArguments, ["NeedsArguments", "model"], id="class with arguments"),
+        pytest.param(AsyncSetup, ["async_setup", "def setup"], id="async setup"),
+        pytest.param(AsyncTeardown, ["async_teardown", "def teardown"], id="async teardown"),
         pytest.param(42, ["42", "int"], id="not callable"),
         pytest.param(None, ["None"], id="none"),
         pytest.param(lambda: 1, ["lambda"], id="no parameter"),
