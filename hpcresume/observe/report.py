@@ -250,11 +250,16 @@ def _drawn(ran: list[Ran]) -> list[Ran]:
 
 
 def throughput(reader: Reader, ran: list[Ran]) -> list[tuple[float, float, float, int]]:
-    """Return start, end, sources per second and attempts at work of equal parts of the run."""
+    """Return start, end, sources per second and attempts at work of equal parts of the run.
+
+    Rate times width, over all parts, is what the attempts completed: what one completed between
+    two publications is shared out by how much of that time lies in which part.
+    """
     begin, end = min((r.start for r in ran), default=0), max((r.end for r in ran), default=0)
     if end <= begin:
         return []
     width = (end - begin) / _BINS
+    edges = [begin + n * width for n in range(_BINS)] + [end]
     done, at_work = [0.0] * _BINS, [0] * _BINS
 
     def place(at: float) -> int:
@@ -263,24 +268,23 @@ def throughput(reader: Reader, ran: list[Ran]) -> list[tuple[float, float, float
     for one in ran:
         for number in range(place(one.start), place(one.end) + 1):
             at_work[number] += 1
-    for start, stop, sources in _steps(reader):
-        first, last = place(start), place(stop)
-        for number in range(first, last + 1):
-            done[number] += sources / (last - first + 1)
-    return [
-        (
-            round(begin + n * width, 3),
-            round(begin + (n + 1) * width, 3),
-            done[n] / width,
-            at_work[n],
-        )
-        for n in range(_BINS)
-    ]
+    for start, stop, sources in _steps(reader, ran):
+        # The clock of another host may be ahead, or an attempt not have told when it began.
+        since, until = (min(end, max(begin, at)) for at in (start, stop))
+        first, last = place(since), place(until)
+        if first == last:
+            done[first] += sources
+            continue
+        for n in range(first, last + 1):
+            inside = max(0.0, min(until, edges[n + 1]) - max(since, edges[n]))
+            done[n] += sources * inside / (until - since)
+    return [(edges[n], edges[n + 1], done[n] / width, at_work[n]) for n in range(_BINS)]
 
 
-def _steps(reader: Reader) -> Iterator[tuple[float, float, int]]:
+def _steps(reader: Reader, ran: list[Ran]) -> Iterator[tuple[float, float, int]]:
     """Yield from when to when attempts completed how many sources, from some of their segments."""
     attempts, segments = _attempts(reader), _Segments(reader)
+    ends = {(one.round, one.task, one.attempt): one.end for one in ran}
     most = max(2, _MOST_FOOTERS // max(1, len(attempts)))
     for attempt in attempts:
         at, completed = attempt.started_at or 0.0, 0
@@ -288,6 +292,10 @@ def _steps(reader: Reader) -> Iterator[tuple[float, float, int]]:
             if progress.completed > completed:
                 yield at, max(at, progress.written_at), progress.completed - completed
             at, completed = max(at, progress.written_at), max(completed, progress.completed)
+        if attempt.completed > completed:
+            ref = attempt.ref
+            end = ends.get((ref.round, ref.task, ref.epoch), at)
+            yield at, max(at, end), attempt.completed - completed
 
 
 class _Segments:

@@ -166,6 +166,11 @@ def test_a_run_that_has_not_begun_has_a_report(tmp_path):
         assert (0, True) == (result.exit_code, "planned" in output.read_text())
 
 
+def completed_in(bins) -> float:
+    """Return how many sources the parts of a run amount to."""
+    return sum(rate * (end - start) for start, end, rate, _ in bins)
+
+
 def test_throughput_adds_up_to_what_was_completed(tmp_path):
     """Rate times width, over all parts of the run, is the number of completed sources."""
     run = make_many(tmp_path / "run", tasks=20)
@@ -173,10 +178,37 @@ def test_throughput_adds_up_to_what_was_completed(tmp_path):
     reader.refresh()
     attempts = [attempt for round_ in reader.rounds for attempt in round_.attempts]
     ran = attempts_that_ran(reader, attempts[0].started_at + 900)
-    bins = throughput(reader, ran)
-    total = sum(rate * (end - start) for start, end, rate, _ in bins)
 
-    assert sum(attempt.completed for attempt in attempts) == pytest.approx(total, rel=0.02)
+    completed = sum(attempt.completed for attempt in attempts)
+    assert completed == pytest.approx(completed_in(throughput(reader, ran)), rel=1e-6)
+
+
+def test_what_was_completed_after_the_last_publication_is_counted(tmp_path):
+    """An outcome tells more than the last segment's progress, a lost node's rows as well."""
+    made = make_run(tmp_path, sources=30, tasks=2)
+    done, died = made.attempt(0, started_at=STARTED), made.attempt(1, pid=2**22 + 1,
+                                                                   started_at=STARTED)  # fmt: skip
+    made.publish(done, [range(10)], progress=Progress(10, STARTED_AT + 10, completed=7))
+    made.end(done, completed=10, elapsed_s=20)
+    made.publish(died, [range(20, 25)], progress=Progress(12, STARTED_AT + 12, completed=3))
+    reader = read(made)
+    bins = throughput(reader, attempts_that_ran(reader, STARTED_AT + 60))
+
+    assert completed_in(bins) == pytest.approx(10 + 5)
+
+
+def test_a_step_is_shared_out_by_time(tmp_path):
+    """A part that holds a hundredth of a step has a hundredth of its sources, not a half."""
+    made = make_run(tmp_path, sources=40)
+    ref = made.attempt(started_at=STARTED)
+    for seq, (at, sources) in enumerate([(0.99, range(20)), (1.99, range(20, 40))], 1):
+        progress = Progress(at, STARTED_AT + at, completed=sources.stop)
+        made.publish(ref, [sources], seq=seq, progress=progress)
+    made.end(ref, completed=40, elapsed_s=160)  # a second for each part
+    reader = read(made)
+    rates = [rate for _, _, rate, _ in throughput(reader, attempts_that_ran(reader, STARTED_AT))]
+
+    assert [20.2, 19.8, 0.0] == [pytest.approx(rate, abs=1e-4) for rate in rates[:3]]
 
 
 def two_attempts_of_two_seconds(directory: Path) -> MadeRun:
