@@ -185,6 +185,7 @@ class Supervisor:
         self._ready_at: float | None = None
         self._interrupted_at: float | None = None
         self._start = time.monotonic()
+        self._started_at = datetime.now(UTC).isoformat(timespec="microseconds")
         self._progress_fd = int(environ.get("HPCRESUME_PROGRESS_FD", "-1"))
         self._recovered: list[AttemptRef] = []
         self._driver: Child | None = None
@@ -236,7 +237,7 @@ class Supervisor:
             node=self._allocation.node,
             boot_id=_boot_id(),
             pid=os.getpid(),
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_at=self._started_at,
             cpus=self._allocation.cpus,
             job_id=self._allocation.element,
             array_job_id=self._allocation.claim,

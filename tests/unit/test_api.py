@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,9 @@ import pytest
 
 import hpcresume as hr
 from hpcresume.errors import ConfigError, PipelineError, RunDirError, UsageError
+from hpcresume.observe.reading import Reader
+from hpcresume.observe.report import attempts_that_ran
+from hpcresume.run.directory import RunDir
 from hpcresume.segment.segment import Progress
 from tests.support.places import REPOSITORY
 from tests.support.runs import make_run
@@ -189,6 +193,19 @@ def test_a_run_is_submitted_as_its_directory_is(written):
     run = hr.submit("pipeline.py", cluster="local", settings=INLINE, reservation=None)
 
     assert run.path == hr.submit(run, cluster="local", settings=INLINE).path
+
+
+def test_an_attempt_is_told_of_from_its_start_to_its_end(written):
+    """Its start is recorded to less than a second, so that a report of a short run is right."""
+    before = time.time()
+    run = hr.submit("pipeline.py", params={"n": 3}, cluster="local", settings=INLINE)
+    after = time.time()
+    reader = Reader(RunDir.open(str(run.path)))
+    reader.refresh()
+    (ran,) = attempts_that_ran(reader, after)
+
+    assert before <= ran.start < ran.end <= after
+    assert re.search(r"\.\d{6}\+00:00$", reader.rounds[0].attempts[0].info.started_at)
 
 
 def test_submit_from_a_thread_runs_without_signal_handlers(written):
