@@ -143,6 +143,9 @@ def _head(found: Status, width: int) -> list[RenderableType]:
 def bar(found: Status, width: int) -> Text:
     """Return the bar over all sources: done, at risk, failing, quarantined, left."""
     sources = found.sources
+    if not sources.total:
+        # Of no sources all are done, as the share in words says.
+        return Text("█" * width, "green", no_wrap=True)
     at_risk = min(sources.at_risk, sources.remaining - sources.failing)
     parts = [
         (sources.completed, "█", "green"),

@@ -320,7 +320,7 @@ def _state_of(reader: Reader, sources: SourceCounts, allowed: int, life: Life) -
 
 def _finished(sources: SourceCounts, allowed: int) -> tuple[str, str]:
     if sources.quarantined <= allowed:
-        return "complete", ""
+        return "complete", "" if sources.total else "there are no sources: nothing to do"
     return (
         "incomplete",
         f"{sources.quarantined} quarantined, {allowed} tolerated",

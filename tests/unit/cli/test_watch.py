@@ -105,6 +105,18 @@ def test_one_failure_among_a_million_is_seen_in_the_bar(tmp_path):
     assert "red" in {span.style for span in text.spans if span.end > span.start}
 
 
+def test_the_bar_of_a_run_without_sources_is_full(tmp_path):
+    """Of no sources all are done: the bar says what the share and the state beside it say."""
+    made = make_run(tmp_path, sources=0)
+    made.finish()
+    found = read_status(made.run)
+
+    assert "█" * 40 == bar(found, 40).plain
+    text = "\n".join(drawn(found))
+    assert "complete  there are no sources: nothing to do" in text
+    assert "0 of 0 done (100.0 %)" in text
+
+
 def screen_of(arguments, keys=b""):
     """Run a command in a terminal of its own until it ends; return its status and output."""
     primary, secondary = pty.openpty()

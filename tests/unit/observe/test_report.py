@@ -343,6 +343,14 @@ def test_the_bar_of_a_run_without_sources_is_as_full_as_its_share(tmp_path):
     assert '<i class="done" style="width: 100%">' in text
 
 
+def test_a_run_without_sources_says_that_nothing_was_to_do(tmp_path):
+    """Beside its state, as `status` says it."""
+    made = make_run(tmp_path, sources=0, tasks=None)
+    made.finish()
+
+    assert "there are no sources: nothing to do 0 of 0 sources completed (100.0 %)" in seen(made)
+
+
 def test_tracebacks_are_those_of_the_largest_groups(tmp_path):
     """In the order of the table; what has none, as a returned Failed, is not shown as one."""
     made = make_run(tmp_path, sources=20, max_attempts=9)

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from hpcresume import slurm
+from hpcresume.cli.status import status_line, status_lines
 from hpcresume.errors import SlurmUnreachableError
 from hpcresume.observe.status import read_status
 from hpcresume.output.run import Run
@@ -153,11 +154,14 @@ def test_a_finished_run_is_complete(tmp_path):
 
 
 def test_an_empty_run_is_complete(tmp_path):
-    """A run without sources that was finished is complete."""
+    """A run without sources that was finished is complete, and says that nothing was to do."""
     made = make_run(tmp_path, sources=0)
     made.finish()
+    found = read_status(made.run)
 
-    assert "complete" == stands(made)
+    assert ("complete", "there are no sources: nothing to do") == (found.state, found.reason)
+    for line in (status_line(found), status_lines(found)[0]):
+        assert line.endswith(" (there are no sources: nothing to do)")
 
 
 @pytest.mark.parametrize(("tolerate", "state"), [(0.0, "incomplete"), (0.5, "complete")])
