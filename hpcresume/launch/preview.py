@@ -16,7 +16,7 @@ from hpcresume.launch.prepare import _refused_changes, fingerprint
 from hpcresume.launch.rendering import render_array, render_merge
 from hpcresume.launch.rounds import Standing, share_tasks, stand
 from hpcresume.launch.slurm_round import make_array_jobs, make_merge_job
-from hpcresume.launch.submit import Submission, resolve, with_stage_needs
+from hpcresume.launch.submit import Submission, launch_of, resolve, with_stage_needs
 from hpcresume.launch.submitit_executor import SCRIPT_NAME
 from hpcresume.merge.generation import Union
 from hpcresume.merge.plan import KIND, ArrayPlan, Launch, Plan, PlanFooter, newest_plan
@@ -109,13 +109,7 @@ def preview(submission: Submission, loaded: LoadedPipeline, resolved: Resolved) 
     exists = _is_run(path)
     run = RunDir.open(str(path)) if exists else _run_to_be(path, submission, loaded)
     last = newest_plan(run) if exists else None
-    launch = Launch(
-        cluster="slurm",
-        array=submission.array or (last.footer.launch.array if last else 1),
-        throttle=submission.throttle,
-        site=resolved.site_name,
-        cwd=str(submission.cwd.absolute()),
-    )
+    launch = launch_of(submission, last, cluster="slurm", site=resolved.site_name)
     left = _left(run if exists else None, loaded.pipeline, resolved.settings, launch.array)
     arrays = _arrays(left, launch, resolved)
     footer = PlanFooter(

@@ -42,7 +42,8 @@ class Submission:
         run_dir: The run directory, None: derived from name and parameters.
         cluster: ``auto``, ``local`` or ``slurm``.
         site: Name of the site, None: found.
-        array: Most array tasks, None: as the last time, or 1.
+        array: Most array tasks, None: as the last time, or 1; then ``throttle`` is that of the
+            last time, too.
         throttle: Most array tasks at once, 0: all.
         accept_changes: Take changes that would be refused.
         shared_group: Group that may read the run; only where it is created.
@@ -95,15 +96,24 @@ def make_ready(submission: Submission) -> Ready:
         shared_group=submission.shared_group,
     )
     last = newest_plan(prepared.run)
-    array = submission.array or (last.footer.launch.array if last else 1)
-    launch = Launch(
-        cluster=cluster,
-        array=array,
-        throttle=submission.throttle,
-        site=resolved.site_name,
-        cwd=str(submission.cwd.absolute()),
-    )
+    launch = launch_of(submission, last, cluster=cluster, site=resolved.site_name)
     return Ready(prepared, with_stage_needs(resolved, prepared.loaded.pipeline, cluster), launch)
+
+
+def launch_of(submission: Submission, last: Plan | None, *, cluster: str, site: str) -> Launch:
+    """Return how a round is launched: with as many tasks as the last one, unless told otherwise.
+
+    Args:
+        submission: What the user asked for.
+        last: The newest round of the run, if it has one.
+        cluster: ``local`` or ``slurm``.
+        site: Name of the site.
+    """
+    array, throttle = submission.array, submission.throttle
+    if array is None:
+        before = last.footer.launch if last else Launch(cluster, array=1)
+        array, throttle = before.array, before.throttle
+    return Launch(cluster, array, throttle, site, cwd=str(submission.cwd.absolute()))
 
 
 def _wanted_cluster(submission: Submission) -> str:

@@ -188,6 +188,19 @@ def test_a_grown_listing_counts_towards_the_next_round(run):
     assert ["params.n"] == [note.split(": ")[1].split(" ")[0] for note in found["notes"]]
 
 
+def test_both_numbers_of_an_array_are_those_of_the_last_time(run, place, monkeypatch):
+    """`--array 8%2` is one wish: a later submit without it runs no more tasks at once."""
+    options = ("figures.py", "--run-dir", "r", "-P", "n=9")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    local = ("--cluster", "local", "--engine", "inline", "--accept-changes")
+    assert 0 == call("submit", *options, *local, "--array", "8%2").exit_code
+    monkeypatch.setenv("PATH", str(place / "home"))
+    options = ("figures.py", "--run-dir", "r", "-P", "n=99")
+    shown = [rendered("render", *options, *more) for more in ((), ("--array", "4"))]
+
+    assert ["0-7%2", "0-3"] == [dict(sbatch_reads(one["array"]))["array"] for one in shown]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
