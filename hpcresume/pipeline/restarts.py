@@ -121,10 +121,11 @@ def _export(path: Path, spacing: int, target: str) -> str:
 
 def _windows(exported: str, footer: PointsFooter) -> Iterator[bytes]:
     with open(exported, "rb") as file:
-        count = _HEAD.unpack(file.read(_HEAD.size))[-1]
+        *_, content_bytes, _, _, count = _HEAD.unpack(file.read(_HEAD.size))
         entries = [_POINT.unpack(file.read(_POINT.size)) for _ in range(count)]
         for compressed, uncompressed, bits, has_window in entries:
-            if has_window:
+            # The index ends with a point at the content's end, where nothing is read from.
+            if has_window and uncompressed < content_bytes:
                 footer.points.append(Point(compressed, uncompressed, bits))
                 yield file.read(_WINDOW)
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -20,8 +21,9 @@ from hpcresume.fs import POSIX
 from hpcresume.pipeline import chunk_formats
 from hpcresume.pipeline import restarts as restarts_module
 from hpcresume.pipeline.payload import decode_payload, encode_payload
-from hpcresume.pipeline.restarts import RestartStore, directory_of
+from hpcresume.pipeline.restarts import PointsFooter, RestartStore, directory_of
 from hpcresume.pipeline.sources import as_sources
+from hpcresume.segment.container import open_container
 
 FORMATS = (
     *("in.jsonl", "in.jsonl.gz", "in.jsonl.zst", "in.ndjson", "in.txt", "in.txt.gz"),
@@ -236,6 +238,56 @@ def test_restart_points_are_found_once(gz: Path, tmp_path: Path) -> None:
     for source in (grown[6], grown[-1]):
         chunk = decode_payload(encode_payload(source.payload), restarts=tmp_path / "kept")
         assert chunk.first == next(iter(chunk))["n"]
+
+
+def restart_points_of(path: Path, kept: Path) -> tuple[list[int], float]:
+    """Return how many bytes lie between a file's restart points, and their size per its own."""
+    list(hr.chunks(path, rows=5000).listed(Kept(kept)))
+    (file,) = Path(directory_of(kept, path)).iterdir()
+    footer = open_container(POSIX, str(file), restarts_module.KIND, PointsFooter).footer
+    with gzip.open(path) as content:
+        size_bytes = content.seek(0, os.SEEK_END)
+    places = [0, *(point.uncompressed for point in footer.points), size_bytes]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    return gaps, file.stat().st_size / size_bytes
+
+
+@pytest.mark.parametrize("rows", [22_000, 70_000])
+def test_restart_points_take_little_and_lie_close(tmp_path: Path, rows: int) -> None:
+    """A chunk is read from about 4 MiB before it, at 0.8 % of the content at most."""
+    path = tmp_path / "in.jsonl.gz"
+    long_lines(path, rows)
+    gaps, share = restart_points_of(path, tmp_path / "kept")
+
+    # A point lies where a block of the compressed data begins.
+    assert 4 << 20 <= max(gaps) < (4 << 20) + (256 << 10)
+    assert min(gaps[:-1]) >= 4 << 20
+    assert 0 < gaps[-1]
+    assert share <= 0.008
+
+
+def test_small_gzip_members_have_no_restart_points(gz: Path, tmp_path: Path) -> None:
+    """Many joined into one file are read from its start, and give the same rows."""
+    rows, path = gzip.decompress(gz.read_bytes()), tmp_path / "members.jsonl.gz"
+    pieces = (rows[at : at + 60_000] for at in range(0, len(rows), 60_000))
+    path.write_bytes(b"".join(gzip.compress(piece, 1) for piece in pieces))
+    gaps, _ = restart_points_of(path, tmp_path / "kept")
+    last = list(hr.chunks(path, rows=5000))[-1].payload
+    chunk = decode_payload(encode_payload(last), restarts=tmp_path / "kept")
+
+    assert [len(rows)] == gaps
+    assert list(range(65_000, 70_000)) == [row["n"] for row in chunk]
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "apart_mib"),
+    [(1 << 20, 4), (4 << 30, 4), (8 << 30, 8), (32 << 30, 32), (1 << 40, 32)],
+)
+def test_the_distance_of_restart_points_grows_with_the_file(
+    size_bytes: int, apart_mib: int
+) -> None:
+    """A thousandth of the file, within 4 and 32 MiB: the points of a large one stay few."""
+    assert apart_mib << 20 == restarts_module.spacing_of(size_bytes)
 
 
 def test_chunks_in_a_row_decompress_the_file_once(
