@@ -55,6 +55,17 @@ def test_a_run_is_opened_as_created(place: Place) -> None:
     assert TAG == place.fs.read(place.path("run", "CACHEDIR.TAG"))
 
 
+def test_where_an_attempt_lies(tmp_path: Path) -> None:
+    """Its path is the round's, the task's and its own, whatever is asked for below it."""
+    run = make_run(POSIX, str(tmp_path / "run"))
+    ref = run.allocate_attempt(0, 7)
+    task = tmp_path / "run" / "rounds" / "0000" / "tasks" / "00007"
+
+    assert (str(task), str(task)) == (run.task_path(0, 7), run.round_path(0, "tasks", "00007"))
+    assert str(task / "e001") == run.attempt_path(ref)
+    assert str(task / "e001" / "a" / "b") == run.attempt_path(ref, "a", "b")
+
+
 def test_creating_again_gives_the_first_run(place: Place) -> None:
     """Of two processes that create one run, both go on with the first one's id."""
     first = make_run(place.fs, place.path("run"), "a" * 16)
