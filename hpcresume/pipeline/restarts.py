@@ -11,6 +11,7 @@ import bisect
 import functools
 import hashlib
 import io
+import itertools
 import os
 import struct
 import tempfile
@@ -76,12 +77,15 @@ class RestartStore:
     fs: FileSystem
     directory: str
 
-    def keep(self, path: Path, digest: str) -> None:
+    def keep(self, path: Path, digest: str) -> list[Point]:
         """Find and publish a file's restart points, unless those of this content are there.
 
         Args:
             path: The gzip file.
             digest: Of its uncompressed content.
+
+        Returns:
+            The restart points.
 
         Raises:
             SourcesError: ``indexed_gzip`` is not installed.
@@ -89,25 +93,31 @@ class RestartStore:
         """
         directory = directory_of(self.directory, path)
         names = list_names(self.fs, directory)
-        size = path.stat().st_size
-        if names and self._holds(os.path.join(directory, names[-1]), size, digest):
-            return
+        footer = PointsFooter(path.stat().st_size, digest, spacing_of(path.stat().st_size), [])
+        held = self._held(os.path.join(directory, names[-1])) if names else None
+        if held and (held.size_bytes, held.digest) == (footer.size_bytes, digest):
+            return held.points
         number = int(names[-1]) + 1 if names else 1
         for missing in (self.directory, directory):
             if not self.fs.exists(missing):
                 self.fs.mkdir(missing)
-        footer = PointsFooter(size, digest, spacing_of(size), [])
         with tempfile.TemporaryDirectory() as temporary:
             exported = _export(path, footer.spacing, os.path.join(temporary, "index"))
             parts = encode_container(KIND, _windows(exported, footer), footer)
             publish(self.fs, os.path.join(directory, f"{number:04d}"), parts, label="restarts")
+        return footer.points
 
-    def _holds(self, path: str, size: int, digest: str) -> bool:
+    def _held(self, path: str) -> PointsFooter | None:
         try:
-            footer = open_container(self.fs, path, KIND, PointsFooter).footer
+            return open_container(self.fs, path, KIND, PointsFooter).footer
         except (CorruptDataError, FileNotFoundError):
-            return False
-        return (footer.size_bytes, footer.digest) == (size, digest)
+            return None
+
+
+def furthest_apart(points: list[Point], size_bytes: int) -> int:
+    """Return the most bytes of a file's content that lie between two places to read from."""
+    places = [0, *(point.uncompressed for point in points), size_bytes]
+    return max(after - before for before, after in itertools.pairwise(places))
 
 
 def _export(path: Path, spacing: int, target: str) -> str:

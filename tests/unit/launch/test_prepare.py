@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_a_run_that_was_killed_before_its_sources_were_listed_is_filled(desk):
     with pytest.raises(RunDirError, match="holds no sources"):
         prepared(desk, "run")
     assert 3 == prepared(desk).manifest.total
+
+
+@pytest.mark.parametrize(("members", "notes"), [(1, 0), (400, 1)])
+def test_a_gzip_file_without_restart_points_is_named(desk, monkeypatch, members, notes):
+    """One of small members has no restart points, each time that it is listed."""
+    piece = b'{"n": 12345}\n' * (150_000 * 12 // members)
+    (desk / "rows.jsonl.gz").write_bytes(b"".join([gzip.compress(piece, 1)] * members))
+    (desk / "three.py").write_text(
+        "import hpcresume as hr\n"
+        "pipeline = hr.Pipeline('three', hr.chunks('rows.jsonl.gz', rows=900_000), [str])\n"
+    )
+    monkeypatch.chdir(desk)
+    for _ in range(2):
+        found = prepared(desk).notes
+        assert notes == len(found)
+        assert all("rows.jsonl.gz is made of small gzip members" in note for note in found)
 
 
 def test_two_that_create_a_run_at_once_share_it(desk, monkeypatch):
