@@ -13,11 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(slots=True)
-class _Armed:
+class _Armed(msgspec.Struct):
     action: str
     first: int
     repeat: bool

@@ -29,11 +29,11 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from hpcresume.errors import CorruptDataError, SharedStorageError
 from hpcresume.failpoints import failpoint
@@ -214,8 +214,7 @@ def _is_shared(directory: str) -> bool:
 POSIX = PosixFileSystem()
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """Proof that a file is published.
 
     Attributes:
@@ -309,7 +308,7 @@ def publish(
             fsync the kernel may have dropped the data.
     """
     directory = os.path.dirname(path)
-    temporary = os.path.join(directory, f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    temporary = os.path.join(directory, f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}")
     try:
         digest, size = _write_temporary(fs, temporary, path, parts, label=label)
         _give_name(fs, temporary, path, digest, exclusive=exclusive)
@@ -462,7 +461,7 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
         OSError: The file system refused; the old content stays.
     """
     temporary = os.path.join(
-        os.path.dirname(path), f"{TEMPORARY_PREFIX}{os.path.basename(path)}-{secrets.token_hex(8)}"
+        os.path.dirname(path), f"{TEMPORARY_PREFIX}{os.path.basename(path)}-{os.urandom(8).hex()}"
     )
     try:
         with open(temporary, "xb") as file:

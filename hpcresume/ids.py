@@ -9,8 +9,8 @@ parsed here and nowhere else.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-import secrets
 from collections.abc import Sequence
 from typing import NewType
 
@@ -75,4 +75,4 @@ def source_digest(source_id: str) -> bytes:
 
 def new_run_id() -> str:
     """Return a random run id, 16 hexadecimal digits."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()

@@ -19,9 +19,10 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NewType
+
+import msgspec
 
 from hpcresume.errors import SlurmMissingError, SlurmRefusedError, SlurmUnreachableError
 
@@ -65,8 +66,7 @@ class AccountingUnavailableError(SlurmUnreachableError):
     """This cluster keeps no accounting, or its slurmdbd does not answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class QueueEntry:
+class QueueEntry(msgspec.Struct, frozen=True):
     """One job, or one element of an array, as ``squeue`` lists it."""
 
     job_id: JobId
@@ -96,8 +96,7 @@ class QueueEntry:
         return self.state.split(" ")[0] in _ENDED
 
 
-@dataclass(frozen=True, slots=True)
-class JobInfo:
+class JobInfo(msgspec.Struct, frozen=True):
     """One record of ``scontrol show job``; what the record lacks is None."""
 
     job_id: JobId
@@ -122,8 +121,7 @@ class JobInfo:
     """The highest of its steps', which is lost in the job's own; only where asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class AccountingEntry:
+class AccountingEntry(msgspec.Struct, frozen=True):
     """One run of a job or element in the accounting; a requeued one has several."""
 
     job_id: JobId
@@ -135,8 +133,7 @@ class AccountingEntry:
     end_time: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class NodeEntry:
+class NodeEntry(msgspec.Struct, frozen=True):
     """One node as ``sinfo`` lists it."""
 
     name: str
@@ -144,8 +141,7 @@ class NodeEntry:
     """``idle``, ``mixed``, ``allocated``, ``down``, ...; ``*`` after it: not responding."""
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(msgspec.Struct, frozen=True):
     """One partition as ``scontrol show partition`` shows it; what it lacks is None."""
 
     name: str
@@ -163,8 +159,7 @@ class Partition:
     """The nodes from which jobs may be submitted to it, ``ALL`` or a list."""
 
 
-@dataclass(frozen=True, slots=True)
-class Qos:
+class Qos(msgspec.Struct, frozen=True):
     """One quality of service; a limit that it does not set is None."""
 
     name: str
@@ -173,8 +168,7 @@ class Qos:
     grace_s: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Association:
+class Association(msgspec.Struct, frozen=True):
     """What the accounting lets a user do with one account, in one partition where one is named."""
 
     account: str

@@ -6,14 +6,14 @@ code; anything else is a bug and says so with a traceback and exit code 70.
 
 from __future__ import annotations
 
-import difflib
+import atexit
 import errno
+import gc
 import importlib
 import os
 import signal
 import sys
 import termios
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from hpcresume.errors import EXIT_INTERRUPTED, HpcResumeError, InternalError
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 EXIT_HANGUP = 128 + signal.SIGHUP
 _OUTPUTS = (1, 2)
+_GARBAGE = 10_000
 
 # Help texts stand here so that `hpcresume --help` imports no command.
 COMMANDS = {
@@ -72,9 +73,12 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command; of one that does not exist, name the nearest that does."""
         name = args[0]
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        if name not in COMMANDS and not name.startswith("-") and near:
-            ctx.fail(f"no such command {name!r}. Did you mean {near[0]!r}?")
+        if name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            if near:
+                ctx.fail(f"no such command {name!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(
@@ -117,7 +121,7 @@ def _guarded(ctx: click.Context, invoke: Callable[[click.Context], Any]) -> Any:
         ctx.exit(error.exit_code)
     except HpcResumeError as error:
         if ctx.params.get("debug"):
-            traceback.print_exception(error)
+            _print_traceback(error)
         click.echo(f"error: {error}", err=True)
         ctx.exit(error.exit_code)
     except Exception as error:
@@ -135,12 +139,18 @@ def _is_hangup(error: Exception) -> bool:
 
 
 def _report_bug(error: Exception) -> None:
-    traceback.print_exception(error)
+    _print_traceback(error)
     click.echo(
         f"error: {type(error).__name__}: {error}. This is a bug in hpcresume, not in your "
         "pipeline. Published results are not affected. Report it with the traceback above.",
         err=True,
     )
+
+
+def _print_traceback(error: Exception) -> None:
+    import traceback
+
+    traceback.print_exception(error)
 
 
 def _is_gone(fd: int) -> bool:
@@ -192,6 +202,10 @@ def cli(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    # To look for garbage among what is imported, and in all of it once more at the end, takes
+    # a fifth of a short command.
+    gc.set_threshold(_GARBAGE)
+    atexit.register(gc.freeze)
     try:
         cli.main(prog_name="hpcresume")
     except OSError as error:

@@ -6,7 +6,6 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +96,8 @@ def _strings(value: object) -> Iterator[str]:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the known word nearest to ``word``, or lists them all."""
+    from difflib import get_close_matches
+
     words = sorted(known)
     near = get_close_matches(word, words, n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(words)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,8 +26,7 @@ _SLURM_VARIABLES = {
 _PREFIX = "HPCRESUME_"
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True):
     """Values of some settings by section and key, and where they came from by ``section.key``."""
 
     values: dict[str, dict[str, Any]]

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -28,8 +27,7 @@ _CLUSTER_NAME = re.compile(r"^\s*ClusterName\s*=\s*(\S+)", re.MULTILINE | re.IGN
 _SLURM_CONFS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 
 
-@dataclass(frozen=True)
-class SiteFile:
+class SiteFile(msgspec.Struct, frozen=True):
     """One ``site.toml``: its folder, what it says about itself, and the settings it gives."""
 
     directory: Path
@@ -40,8 +38,7 @@ class SiteFile:
     layer: Layer
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(msgspec.Struct, frozen=True):
     """A site with everything it extends: ``files`` from the lowest layer to the highest."""
 
     name: str
@@ -57,8 +54,7 @@ class Site:
     @property
     def identify(self) -> Identify:
         """How the site is recognised, from the highest of its own files that says so."""
-        given = (file.identify for file in reversed(self.own) if file.identify != Identify())
-        return next(given, Identify())
+        return _highest([file.identify for file in self.own])
 
     @property
     def template_dirs(self) -> tuple[Path, ...]:
@@ -95,10 +91,9 @@ def identify_site(environ: Mapping[str, str], *, cluster_name: str = "") -> tupl
     cluster = cluster_name or _cluster_name(environ)
     found: dict[str, tuple[Site, str]] = {}
     for name in site_names(environ):
-        site = find_site(name, environ)
-        evidence = _evidence(site.identify, environ, cluster)
+        evidence = _evidence(_identify_of(name, environ), environ, cluster)
         if evidence:
-            found[name] = site, evidence
+            found[name] = find_site(name, environ), evidence
     inherited = {ancestor for site, _ in found.values() for ancestor in site.ancestors}
     matches = {name: how for name, (_, how) in found.items() if name not in inherited}
     if len(matches) > 1:
@@ -127,14 +122,33 @@ def _find(name: str, environ: Mapping[str, str], *, below: tuple[str, ...]) -> S
 
 
 def _own_files(name: str, environ: Mapping[str, str]) -> tuple[SiteFile, ...]:
-    roots = _roots(environ) if _NAME.fullmatch(name) else ()
-    paths = [(root / name / "site.toml", shipped) for root, shipped in roots]
-    files = tuple(_read(path, shipped=shipped) for path, shipped in paths if path.is_file())
+    files = tuple(_read(path, shipped=shipped) for path, shipped in _own_paths(name, environ))
     if not files:
         raise ConfigError(
             f"there is no site {name!r}. {suggestion(name, site_names(environ))}", site=name
         )
     return files
+
+
+def _own_paths(name: str, environ: Mapping[str, str]) -> list[tuple[Path, bool]]:
+    """Return the files of a site, lowest layer first, each with whether it is shipped."""
+    roots = _roots(environ) if _NAME.fullmatch(name) else ()
+    paths = [(root / name / "site.toml", shipped) for root, shipped in roots]
+    return [(path, shipped) for path, shipped in paths if path.is_file()]
+
+
+def _identify_of(name: str, environ: Mapping[str, str]) -> Identify:
+    """Return how a site is recognised; its settings are not looked at, nor what it extends."""
+    return _highest(
+        [
+            _take_identify(_load(path, shipped=shipped), path)
+            for path, shipped in _own_paths(name, environ)
+        ]
+    )
+
+
+def _highest(given: list[Identify]) -> Identify:
+    return next((identify for identify in reversed(given) if identify != Identify()), Identify())
 
 
 def _roots(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
@@ -149,19 +163,29 @@ def _site_folders(root: Path) -> list[Path]:
     return [path.parent for path in root.glob("*/site.toml")]
 
 
-def _read(path: Path, *, shipped: bool) -> SiteFile:
+def _load(path: Path, *, shipped: bool) -> dict[str, Any]:
     if not shipped:
         refuse_untrusted(path.parent)
         refuse_untrusted(path)
-    data = read_toml(path)
-    site = dict(data.get("site", {})) if isinstance(data.get("site", {}), dict) else {}
+    return read_toml(path)
+
+
+def _take_identify(data: dict[str, Any], path: Path) -> Identify:
+    """Take out of a site file what its settings do not hold."""
+    site = data.get("site")
+    if not isinstance(site, dict):
+        return Identify()
     if "name" in site:
         raise ConfigError(f"{path}: site.name is the name of the file's folder. Remove it")
-    identify = _convert(site.pop("identify", {}), Identify, key="site.identify", path=path)
+    found = _convert(site.pop("identify", {}), Identify, key="site.identify", path=path)
+    return cast("Identify", found)
+
+
+def _read(path: Path, *, shipped: bool) -> SiteFile:
+    data = _load(path, shipped=shipped)
+    identify = _take_identify(data, path)
     description = _convert(data.pop("description", ""), str, key="description", path=path)
     extends = _convert(data.pop("extends", ""), str, key="extends", path=path)
-    if "site" in data and isinstance(data["site"], dict):
-        data["site"] = site
     layer = layer_of(data, origin=str(path))
     return SiteFile(path.parent, shipped, description, extends, identify, layer)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 
 from hpcresume.evals.code import UserCall, in_thread, within
@@ -61,7 +61,7 @@ class WorkflowStage(_ItemStage):
             self._workflow.setup(worker)
         # Known only now: making a context for each item costs more than most of the rest.
         is_wanted = self._workflow is not None and self._workflow.wants_context
-        self.traits = dataclasses.replace(self.traits, wants_context=is_wanted)
+        self.traits = msgspec.structs.replace(self.traits, wants_context=is_wanted)
 
     def teardown(self) -> None:
         """Release what the workflow set up."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from hpcresume.config import Request, Resolved
 from hpcresume.config.files import has_control_character
@@ -27,8 +28,7 @@ _OURS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Directives:
+class Directives(msgspec.Struct, frozen=True):
     """The options of a job: ``kept`` go into its script, ``dropped`` the site forbids.
 
     A value of None is an option without one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import tempfile
@@ -66,7 +65,7 @@ def reload_settings(plan: Plan) -> Resolved:
     found = load_settings(
         site=launch.site, start_dir=Path(launch.cwd or "."), environ=os.environ, flags={}
     )
-    return dataclasses.replace(found, settings=plan_settings(plan))
+    return msgspec.structs.replace(found, settings=plan_settings(plan))
 
 
 @contextlib.contextmanager
@@ -264,7 +263,7 @@ def next_round(run: RunDir, manifest: Manifest, standing: Standing, plan: Plan) 
         FileExistsError: Another merge planned it first.
     """
     close_round(run, plan)
-    resolved = dataclasses.replace(reload_settings(plan), settings=without_bad_nodes(run, plan))
+    resolved = msgspec.structs.replace(reload_settings(plan), settings=without_bad_nodes(run, plan))
     return plan_round(
         run,
         manifest,

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -129,7 +128,7 @@ def _run_finish(run: RunDir, pipeline: Pipeline, completed: BitMap) -> str:
         return ""
     from hpcresume.output.run import Run
 
-    temporary = run.join(f".tmp-finish-{secrets.token_hex(8)}")
+    temporary = run.join(f".tmp-finish-{os.urandom(8).hex()}")
     os.mkdir(temporary, 0o700)
     try:
         rows: Any = Run(run.path).rows()
@@ -167,7 +166,7 @@ def _put(run: RunDir, temporary: str, target: str, sources: str) -> None:
             return
         if _finished_over(target) == sources:
             return  # another merge that came first
-        aside = run.join(f".tmp-finish-{secrets.token_hex(8)}")
+        aside = run.join(f".tmp-finish-{os.urandom(8).hex()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(target, aside)
         shutil.rmtree(aside, ignore_errors=True)

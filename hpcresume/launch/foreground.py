@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from hpcresume.config import Resolved, Settings
 from hpcresume.errors import HpcResumeError, LocalStorageError, RunDirError
@@ -17,8 +18,7 @@ from hpcresume.merge.plan import Launch, Plan, newest_plan, open_plan
 from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
 from hpcresume.run.manifest import Manifest
-from hpcresume.task.recovery import recover_node
-from hpcresume.task.scratch import choose_local
+from hpcresume.task.scratch import choose_local, has_attempts
 
 
 def recover_dead(run: RunDir, settings: Settings) -> int:
@@ -29,12 +29,15 @@ def recover_dead(run: RunDir, settings: Settings) -> int:
     """
     with contextlib.suppress(LocalStorageError):
         local = choose_local(settings.task.local_dir, settings.site.node_local, os.environ)
-        return recover_node(run, local)
+        if has_attempts(local, run_id=run.run_id):
+            # What reads a ledger takes longer to import than all else here takes.
+            from hpcresume.task.recovery import recover_node
+
+            return recover_node(run, local)
     return 0
 
 
-@dataclass
-class LocalRun:
+class LocalRun(msgspec.Struct):
     """A run in the foreground of this machine: round after round until nothing is left.
 
     Attributes:

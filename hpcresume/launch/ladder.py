@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import msgspec
 from pyroaring import BitMap
 
 from hpcresume.config.settings import Settings
 from hpcresume.launch.directives import mebibytes
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True):
     """Sources that ask for the same memory.
 
     Attributes:
@@ -31,8 +30,7 @@ class Demand:
     limit: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ladder:
+class Ladder(msgspec.Struct, frozen=True):
     """How much memory comes after how much.
 
     Attributes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from hpcresume import slurm
 from hpcresume.errors import SlurmRefusedError
@@ -15,8 +16,7 @@ _NUMBER = re.compile(r"\d+")
 _TASK_LIMIT = re.compile(r"\bmax_array_tasks=(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
+class Live(msgspec.Struct, frozen=True):
     """What Slurm answered.
 
     Attributes:

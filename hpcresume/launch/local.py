@@ -11,18 +11,15 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import IO, Any
 
 import msgspec
-import psutil
 
 from hpcresume.config.settings import Settings
 from hpcresume.fs import ensure_directory
@@ -34,8 +31,7 @@ _TICK_S = 0.5
 _KILL_AFTER_S = 5.0
 
 
-@dataclass(slots=True)
-class TaskProgress:
+class TaskProgress(msgspec.Struct):
     """What an array task last said.
 
     Attributes:
@@ -53,16 +49,14 @@ class TaskProgress:
     left: int = 0
 
 
-@dataclass
-class _Running:
+class _Running(msgspec.Struct):
     task: int
     process: subprocess.Popen[bytes]
     progress: int
     buffer: bytes = b""
 
 
-@dataclass
-class LocalRound:
+class LocalRound(msgspec.Struct):
     """One round's array tasks on this machine.
 
     Attributes:
@@ -79,8 +73,8 @@ class LocalRound:
     on_progress: Callable[[dict[int, TaskProgress]], bool | None]
     interrupted: int = 0
     forced: bool = False
-    progress: dict[int, TaskProgress] = field(default_factory=dict)
-    _running: dict[int, _Running] = field(default_factory=dict)
+    progress: dict[int, TaskProgress] = msgspec.field(default_factory=dict)
+    _running: dict[int, _Running] = msgspec.field(default_factory=dict)
     _job: JobRecord | None = None
 
     def execute(self) -> None:
@@ -103,7 +97,7 @@ class LocalRound:
     def _record(self) -> None:
         self._job = JobRecord(
             cluster="local",
-            array=f"{socket.gethostname()}:{os.getpid()}",
+            array=f"{os.uname().nodename}:{os.getpid()}",
             tasks=self.plan.footer.tasks,
             submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -170,7 +164,7 @@ class LocalRound:
         *lines, running.buffer = (running.buffer + data).split(b"\n")
         for line in lines:
             said = msgspec.json.decode(line, type=dict[str, Any])
-            names = TaskProgress.__slots__
+            names = TaskProgress.__struct_fields__
             self.progress[running.task] = TaskProgress(**{name: said[name] for name in names})
 
     def _reap(self, running: _Running) -> None:
@@ -242,9 +236,15 @@ def living_attempts(run: RunDir) -> list[AttemptInfo]:
     found = []
     for ref in run.all_attempts():
         info = run.attempt_info(ref)
-        if info is None or run.outcome(ref) is not None or info.host != socket.gethostname():
+        if info is None or run.outcome(ref) is not None or info.host != os.uname().nodename:
             continue
-        with contextlib.suppress(psutil.Error, OSError):
-            if info.job_id is None and run.path in psutil.Process(info.pid).cmdline():
-                found.append(info)
+        if info.job_id is None and os.fsencode(run.path) in _arguments_of(info.pid):
+            found.append(info)
     return found
+
+
+def _arguments_of(pid: int) -> list[bytes]:
+    """Return the command line of a process; empty where there is none to be seen."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().split(b"\0")
+    return []

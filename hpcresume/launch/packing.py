@@ -9,7 +9,6 @@ many tasks are tried.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import sys
 from collections.abc import Mapping
@@ -63,8 +62,7 @@ def with_live_limits(resolved: Resolved, config: Mapping[str, str]) -> Resolved:
     return _changed(resolved, _SCONTROL, max_array_size=size)
 
 
-@dataclasses.dataclass(frozen=True)
-class Learned:
+class Learned(msgspec.Struct, frozen=True):
     """What a refusal has taught.
 
     Attributes:
@@ -99,7 +97,7 @@ def learn(refusal: SlurmRefusedError, resolved: Resolved, *, tasks: int) -> Lear
     new_kind = resolved.settings.site.arrays and not learned.resolved.settings.site.arrays
     if learned.most >= tasks and not new_kind:
         # What Slurm enforces is not what it was asked about.
-        learned = dataclasses.replace(learned, most=tasks // 2)
+        learned = msgspec.structs.replace(learned, most=tasks // 2)
     if learned.most < 1:
         raise SlurmRefusedError(
             f"{refusal}. Fewer array tasks would not help: {learned.note}. "
@@ -159,4 +157,4 @@ def _changed(resolved: Resolved, origin: str, **values: int | bool) -> Resolved:
     site = msgspec.structs.replace(resolved.settings.site, **values)
     settings = msgspec.structs.replace(resolved.settings, site=site)
     origins = {**resolved.origins, **{f"site.{key}": origin for key in values}}
-    return dataclasses.replace(resolved, settings=settings, origins=origins)
+    return msgspec.structs.replace(resolved, settings=settings, origins=origins)

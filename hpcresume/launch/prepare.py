@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,8 +56,7 @@ from hpcresume.run.manifest import (
 )
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """A run that is ready for a round.
 
     Attributes:
@@ -76,7 +73,7 @@ class Prepared:
     manifest: Manifest
     code: int
     added: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = msgspec.field(default_factory=list)
 
 
 def prepare(
@@ -253,7 +250,7 @@ def _refused_changes(run: RunDir, loaded: LoadedPipeline) -> list[str]:
 def _take_code(run: RunDir, loaded: LoadedPipeline, notes: list[str]) -> int:
     """Return the number of the snapshot that holds the pipeline's files as they are now."""
     numbers = run.code_numbers()
-    temporary = Path(run.join("code", f".tmp-{secrets.token_hex(8)}"))
+    temporary = Path(run.join("code", f".tmp-{os.urandom(8).hex()}"))
     try:
         temporary.mkdir(mode=0o700)
         digests = write_snapshot(loaded, temporary)
@@ -298,8 +295,7 @@ _FAR = 4
 """Restart points that lie so many times as far apart as they should are worth a word."""
 
 
-@dataclass(frozen=True)
-class _Keeper:
+class _Keeper(msgspec.Struct, frozen=True):
     """Takes what a listing finds besides the sources."""
 
     run: RunDir

@@ -6,7 +6,6 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -52,8 +51,7 @@ _NAMED = 3
 _ONE_MACHINE = "On one machine there is no more to give: run fewer tasks, or split the source"
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """How a run stands after a union.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from hpcresume.errors import RunDirError
 from hpcresume.launch.rounds import Standing, plan_settings, settle
@@ -11,8 +11,7 @@ from hpcresume.run.directory import JobRecord, RunDir
 from hpcresume.run.manifest import Manifest
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """What one merge step led to.
 
     Attributes:

@@ -6,9 +6,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from hpcresume import slurm
 from hpcresume.config import Resolved, load_settings
@@ -31,8 +32,7 @@ from hpcresume.pipeline.pipeline import Pipeline
 from hpcresume.run.directory import RunDir
 
 
-@dataclass(frozen=True)
-class Submission:
+class Submission(msgspec.Struct, frozen=True):
     """What the user asked for.
 
     Attributes:
@@ -52,8 +52,8 @@ class Submission:
     """
 
     target: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    params: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    flags: Mapping[str, Mapping[str, Any]] = msgspec.field(default_factory=dict)
     run_dir: Path | None = None
     cluster: str = "auto"
     site: str | None = None
@@ -62,11 +62,10 @@ class Submission:
     accept_changes: bool = False
     shared_group: str = ""
     retry_quarantined: bool = False
-    cwd: Path = field(default_factory=Path.cwd)
+    cwd: Path = msgspec.field(default_factory=Path.cwd)
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """A prepared run with everything that launching it needs."""
 
     prepared: Prepared
@@ -173,7 +172,6 @@ def resolve(submission: Submission, cluster: str) -> Resolved:
 
 def with_stage_needs(resolved: Resolved, pipeline: Pipeline, cluster: str) -> Resolved:
     """Fill in what the stages need where the user asked for nothing."""
-    import dataclasses
 
     import msgspec
 
@@ -191,7 +189,7 @@ def with_stage_needs(resolved: Resolved, pipeline: Pipeline, cluster: str) -> Re
     request = msgspec.structs.replace(request, **changed)
     settings = msgspec.structs.replace(resolved.settings, request=request)
     origins = {**resolved.origins, **{f"request.{key}": "the stages" for key in changed}}
-    return dataclasses.replace(resolved, settings=settings, origins=origins)
+    return msgspec.structs.replace(resolved, settings=settings, origins=origins)
 
 
 def reopen_run(ready: Ready, *, retry_quarantined: bool) -> None:

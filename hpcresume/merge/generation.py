@@ -17,8 +17,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -117,8 +115,7 @@ class GenerationFooter(msgspec.Struct, frozen=True):
     packs: int = 0
 
 
-@dataclass
-class Union:
+class Union(msgspec.Struct):
     """What is done, as far as it can be seen now: a generation and what came after it.
 
     Attributes:
@@ -140,22 +137,22 @@ class Union:
     """
 
     number: int = 0
-    completed: BitMap = field(default_factory=BitMap)
-    won: dict[Key, BitMap] = field(default_factory=dict)
-    failures: dict[int, SourceFailures] = field(default_factory=dict)
-    suspects: list[BitMap] = field(default_factory=list)
-    bad: dict[str, str] = field(default_factory=dict)
+    completed: BitMap = msgspec.field(default_factory=BitMap)
+    won: dict[Key, BitMap] = msgspec.field(default_factory=dict)
+    failures: dict[int, SourceFailures] = msgspec.field(default_factory=dict)
+    suspects: list[BitMap] = msgspec.field(default_factory=list)
+    bad: dict[str, str] = msgspec.field(default_factory=dict)
     stopped: str = ""
     finished: bool = False
-    withheld: BitMap = field(default_factory=BitMap)
-    ran: dict[int, float] = field(default_factory=dict)
-    pardoned: list[tuple[int, int]] = field(default_factory=list)
-    short: dict[int, BitMap] = field(default_factory=dict)
+    withheld: BitMap = msgspec.field(default_factory=BitMap)
+    ran: dict[int, float] = msgspec.field(default_factory=dict)
+    pardoned: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    short: dict[int, BitMap] = msgspec.field(default_factory=dict)
     fresh: int = 0
-    fresh_paths: list[str] = field(default_factory=list)
+    fresh_paths: list[str] = msgspec.field(default_factory=list)
     packs: int = 0
-    pack_of: dict[Key, int] = field(default_factory=dict)
-    sizes: dict[Key, int] = field(default_factory=dict)
+    pack_of: dict[Key, int] = msgspec.field(default_factory=dict)
+    sizes: dict[Key, int] = msgspec.field(default_factory=dict)
     passed_over: int = 0
 
     def quarantined(self) -> BitMap:
@@ -284,6 +281,9 @@ def _open_ahead(
     if readers == 1 or len(names) < _MANY:
         yield from ((name, opener(name)) for name in names)
         return
+    # Only many segments are worth threads.
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     opening: deque[tuple[SegmentName, Future[Segment]]] = deque()
     with ThreadPoolExecutor(readers) as pool:
         for name in names:

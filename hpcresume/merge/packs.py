@@ -9,7 +9,6 @@ so a reader finds by name what an old listing does not show.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import msgspec
 
@@ -87,8 +86,7 @@ class _Within:
         return self._size
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(msgspec.Struct, frozen=True):
     """An opened pack: its footer is verified, its segments are not."""
 
     run: RunDir

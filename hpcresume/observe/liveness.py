@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from datetime import datetime
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def boot_id() -> str:
 
 def is_here(info: AttemptInfo) -> bool:
     """Tell whether an attempt started on this host during its current boot."""
-    return info.host == socket.gethostname() and info.boot_id == boot_id()
+    return info.host == os.uname().nodename and info.boot_id == boot_id()
 
 
 def is_gone(info: AttemptInfo) -> bool | None:
@@ -31,7 +30,7 @@ def is_gone(info: AttemptInfo) -> bool | None:
     if is_here(info):
         return not is_running(info)
     # The same host after another boot: nothing of before survived.
-    return True if info.host == socket.gethostname() else None
+    return True if info.host == os.uname().nodename else None
 
 
 def is_running(info: AttemptInfo) -> bool:
@@ -46,7 +45,7 @@ def submitter_runs(job: JobRecord) -> bool | None:
         None where the record does not name it as ``host:pid``, or names another host.
     """
     host, _, pid = job.array.rpartition(":")
-    if host != socket.gethostname() or not pid.isdigit():
+    if host != os.uname().nodename or not pid.isdigit():
         return None
     return _runs(int(pid), job.submitted_at)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+
+import msgspec
 
 from hpcresume import slurm
 from hpcresume.errors import HpcResumeError, SlurmUnreachableError
@@ -16,8 +17,7 @@ _SQUEUE_TIMEOUT_S = 10.0
 _NAMED = 3
 
 
-@dataclass
-class Queue:
+class Queue(msgspec.Struct):
     """What squeue said of jobs that have not ended.
 
     Attributes:
@@ -27,9 +27,9 @@ class Queue:
         unasked: Why squeue was not asked.
     """
 
-    tasks: list[slurm.QueueEntry] = field(default_factory=list)
-    merges: list[slurm.QueueEntry] = field(default_factory=list)
-    planners: list[slurm.QueueEntry] = field(default_factory=list)
+    tasks: list[slurm.QueueEntry] = msgspec.field(default_factory=list)
+    merges: list[slurm.QueueEntry] = msgspec.field(default_factory=list)
+    planners: list[slurm.QueueEntry] = msgspec.field(default_factory=list)
     unasked: str = ""
 
     def waits_for(self) -> dict[int | None, str]:
@@ -41,8 +41,7 @@ class Queue:
         }
 
 
-@dataclass
-class Life:
+class Life(msgspec.Struct):
     """What lives of the newest round.
 
     Attributes:
@@ -55,8 +54,8 @@ class Life:
 
     waiting: bool = False
     unmerged: bool = False
-    held: list[slurm.QueueEntry] = field(default_factory=list)
-    waits_for: dict[int | None, str] = field(default_factory=dict)
+    held: list[slurm.QueueEntry] = msgspec.field(default_factory=list)
+    waits_for: dict[int | None, str] = msgspec.field(default_factory=dict)
     unasked: str = ""
 
 

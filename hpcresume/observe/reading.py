@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+
+import msgspec
 
 from hpcresume.errors import CorruptDataError, SharedStorageError
 from hpcresume.merge.generation import Union, fold_named, load_newest, take_up_packs
@@ -35,8 +36,7 @@ MAX_ATTEMPTS = 3
 _POINTS = 16
 
 
-@dataclass
-class AttemptFiles:
+class AttemptFiles(msgspec.Struct):
     """What files say of one attempt.
 
     Attributes:
@@ -53,10 +53,10 @@ class AttemptFiles:
     info: AttemptInfo | None = None
     outcome: Outcome | None = None
     footer: SegmentFooter | None = None
-    points: deque[Progress] = field(default_factory=lambda: deque(maxlen=_POINTS))
+    points: deque[Progress] = msgspec.field(default_factory=lambda: deque(maxlen=_POINTS))
     alive: bool | None = False
     won: int = 0
-    known: set[str] = field(default_factory=set)
+    known: set[str] = msgspec.field(default_factory=set)
 
     @property
     def writer(self) -> Writer:
@@ -105,8 +105,7 @@ class AttemptFiles:
         return max(0.0, last - started)
 
 
-@dataclass
-class RoundFiles:
+class RoundFiles(msgspec.Struct, dict=True):
     """What files say of a round; ``tasks`` holds the attempts of each array task.
 
     What is derived from ``tasks`` is kept until :meth:`changed`.
@@ -114,9 +113,9 @@ class RoundFiles:
 
     number: int
     plan: PlanFooter
-    jobs: list[JobRecord] = field(default_factory=list)
+    jobs: list[JobRecord] = msgspec.field(default_factory=list)
     owner: str | None = None
-    tasks: dict[int, list[AttemptFiles]] = field(default_factory=dict)
+    tasks: dict[int, list[AttemptFiles]] = msgspec.field(default_factory=dict)
 
     @cached_property
     def attempts(self) -> list[AttemptFiles]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from hpcresume.errors import PipelineError, SourcesError
 from hpcresume.pipeline.chunk import Chunk
@@ -30,8 +31,7 @@ _UNKNOWN = {("parquet", ".gz"), ("parquet", ".zst"), ("warc", ".zst")}
 _WILD = re.compile(r"[*?\[]")
 
 
-@dataclass(frozen=True)
-class _Glob(FileSources):
+class _Glob(FileSources, frozen=True):
     """The files that a glob names: as for a single path, there has to be one."""
 
     def __iter__(self) -> Iterator[Source]:
@@ -48,8 +48,7 @@ class _Glob(FileSources):
             )
 
 
-@dataclass(frozen=True)
-class ChunkSources(SourceList):
+class ChunkSources(SourceList, msgspec.Struct, frozen=True):
     """Row ranges of files; what :func:`chunks` returns."""
 
     paths: tuple[Path | FileSources, ...]

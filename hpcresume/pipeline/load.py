@@ -12,7 +12,6 @@ a stage imports only when called), and what ``Pipeline(snapshot=[...])`` names.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -23,10 +22,11 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+import msgspec
 
 from hpcresume.errors import (
     CorruptDataError,
@@ -59,8 +59,7 @@ __all__ = [
 SNAPSHOT_FILE = "pipeline.json"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedPipeline:
+class LoadedPipeline(msgspec.Struct, frozen=True):
     """A pipeline with what is needed to load it again elsewhere.
 
     Attributes:
@@ -76,14 +75,13 @@ class LoadedPipeline:
     spec: PipelineSpec
 
 
-@dataclass(slots=True)
-class _Process:
+class _Process(msgspec.Struct):
     """What this process has loaded so far."""
 
     module: str | None = None
     directory: Path | None = None
     before: frozenset[str] = frozenset()
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = msgspec.field(default_factory=list)
 
     def modules(self) -> list[str]:
         """Return the names of the modules that came from the pipeline's directory."""
@@ -167,7 +165,7 @@ def _load(spec: PipelineSpec, params: Mapping[str, Any]) -> LoadedPipeline:
     module = _import(spec)
     attr = spec.attr or _default_attr(module, spec)
     pipeline, recorded = _build(module, spec, attr, params)
-    resolved = dataclasses.replace(spec, attr=attr)
+    resolved = msgspec.structs.replace(spec, attr=attr)
     return LoadedPipeline(pipeline, recorded, _files(pipeline, spec), resolved)
 
 

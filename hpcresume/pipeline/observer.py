@@ -8,13 +8,13 @@ one that is slow or fails holds nothing up and loses nothing but what it would h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class ObservedTask:
+
+class ObservedTask(msgspec.Struct, frozen=True):
     """The array task that an observer is made in.
 
     Attributes:
@@ -30,8 +30,7 @@ class ObservedTask:
     cluster: str
 
 
-@dataclass(frozen=True, slots=True)
-class GivenUp:
+class GivenUp(msgspec.Struct, frozen=True):
     """A source that is not tried again.
 
     Attributes:

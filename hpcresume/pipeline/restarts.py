@@ -14,9 +14,7 @@ import io
 import itertools
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,8 +68,7 @@ def directory_of(restarts: str | Path, path: Path) -> str:
     return os.path.join(restarts, name)
 
 
-@dataclass(frozen=True)
-class RestartStore:
+class RestartStore(msgspec.Struct, frozen=True):
     """Where a listing keeps the restart points of the gzip files it reads."""
 
     fs: FileSystem
@@ -91,6 +88,8 @@ class RestartStore:
             SourcesError: ``indexed_gzip`` is not installed.
             SharedStorageError: The file system refused.
         """
+        import tempfile
+
         directory = directory_of(self.directory, path)
         names = list_names(self.fs, directory)
         footer = PointsFooter(path.stat().st_size, digest, spacing_of(path.stat().st_size), [])

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
+
+import msgspec
 
 from hpcresume.errors import PipelineError, SourcesError
 from hpcresume.pipeline.payload import decode_payload, encode_payload
@@ -90,12 +91,12 @@ class Keeper(Protocol):
         """Tell the user something about the sources."""
 
 
-class SourceList(ABC):
+class SourceList:
     """The sources of a pipeline, as declared."""
 
-    @abstractmethod
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources in order, streaming."""
+        raise NotImplementedError
 
     def listed(self, keeper: Keeper | None) -> Iterator[Source]:
         """Yield the sources for a run, which keeps what reading them needs."""
@@ -110,17 +111,16 @@ class SourceList(ABC):
         del source_id
         return None
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return kind and arguments as JSON values, for the run's fingerprint."""
+        raise NotImplementedError
 
     def grew_from(self, described: Mapping[str, Any]) -> bool:
         """Tell whether these are the sources that ``described`` told of, or more at the end."""
         return dict(described) == self.describe()
 
 
-@dataclass(frozen=True)
-class FileSources(SourceList):
+class FileSources(SourceList, msgspec.Struct, frozen=True):
     """Regular files under a directory, sorted by path; what :func:`files` returns."""
 
     root: Path
@@ -166,8 +166,7 @@ class FileSources(SourceList):
         }
 
 
-@dataclass(frozen=True)
-class _OrdinalSources(SourceList):
+class _OrdinalSources(SourceList, msgspec.Struct, frozen=True):
     """Records of one file; identified by position unless a column names them."""
 
     path: Path
@@ -197,8 +196,7 @@ class _OrdinalSources(SourceList):
         return size <= file_size(self.path) and file_digest(self.path, size_bytes=size) == digest
 
 
-@dataclass(frozen=True)
-class LineSources(_OrdinalSources):
+class LineSources(_OrdinalSources, frozen=True):
     """Lines of a text file; what :func:`lines` returns."""
 
     def __iter__(self) -> Iterator[Source]:
@@ -210,8 +208,7 @@ class LineSources(_OrdinalSources):
         return {"kind": "lines", "path": str(self.path)}
 
 
-@dataclass(frozen=True)
-class RowSources(_OrdinalSources):
+class RowSources(_OrdinalSources, frozen=True):
     """Rows of a JSONL, CSV, TSV or Parquet file; what :func:`rows` returns."""
 
     id: str | None
@@ -249,8 +246,7 @@ class RowSources(_OrdinalSources):
         return {"kind": "rows", "path": str(self.path), "id": self.id, "format": self.format}
 
 
-@dataclass(frozen=True)
-class Indexed(SourceList):
+class Indexed(SourceList, msgspec.Struct, frozen=True):
     """The integers below ``n``; payloads are made in the worker and never stored."""
 
     n: int
@@ -282,8 +278,7 @@ class Indexed(SourceList):
         return isinstance(n, int) and n <= self.n and {**before, "n": self.n} == self.describe()
 
 
-@dataclass(frozen=True)
-class IterableSources(SourceList):
+class IterableSources(SourceList, msgspec.Struct, frozen=True):
     """Sources, ids or (id, payload) pairs from an iterable."""
 
     iterable: Iterable[Any]
@@ -308,8 +303,7 @@ class IterableSources(SourceList):
         return {"kind": "iterable", "type": type(self.iterable).__qualname__}
 
 
-@dataclass(frozen=True)
-class FunctionSources(SourceList):
+class FunctionSources(SourceList, msgspec.Struct, frozen=True):
     """What a function returns, called when the sources are listed."""
 
     fn: Callable[[], Any]

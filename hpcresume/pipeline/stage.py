@@ -13,8 +13,9 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
+
+import msgspec
 
 from hpcresume.errors import PipelineError
 
@@ -58,8 +59,7 @@ class StageOptions(TypedDict, total=False):
     is_resumable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StageTraits:
+class StageTraits(msgspec.Struct, frozen=True):
     """What kind of callable a stage is.
 
     Attributes:

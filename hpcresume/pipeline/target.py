@@ -11,9 +11,10 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from hpcresume.errors import PipelineError
 
@@ -21,8 +22,7 @@ DEFAULT_ATTR = "pipeline"
 """Name of the pipeline in a file where the target gives none."""
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineSpec:
+class PipelineSpec(msgspec.Struct, frozen=True):
     """Where a pipeline is.
 
     Attributes:

@@ -36,10 +36,8 @@ import grp
 import os
 import pwd
 import re
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,8 +177,7 @@ class JobRecord(msgspec.Struct, frozen=True):
         return [job_id for job_id in ids if job_id]
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRef:
+class AttemptRef(msgspec.Struct, frozen=True):
     """Names one attempt."""
 
     round: RoundIndex
@@ -188,8 +185,7 @@ class AttemptRef:
     epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentName:
+class SegmentName(msgspec.Struct, frozen=True):
     """Names one published segment."""
 
     attempt: AttemptRef
@@ -585,7 +581,7 @@ class RunDir:
         path = self.join("control", f"ended-{generation:06d}")
         try:
             # A nonce: a file of the same content would count as this process's own.
-            nonce = secrets.token_hex(8).encode()
+            nonce = os.urandom(8).hex().encode()
             publish(self.fs, path, [nonce], label="record", exclusive=True)
         except FileExistsError:
             return False
@@ -732,7 +728,7 @@ def probe_writable(path: str) -> None:
     Raises:
         RunDirError: One of them was refused.
     """
-    probe = os.path.join(path, f"{_PROBE_PREFIX}{secrets.token_hex(4)}")
+    probe = os.path.join(path, f"{_PROBE_PREFIX}{os.urandom(4).hex()}")
     try:
         publish(POSIX, probe, [b"probe"], label="probe")
         os.unlink(probe)

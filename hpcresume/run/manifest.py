@@ -11,7 +11,6 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -79,8 +78,7 @@ def id_digest(source_id: str) -> int:
     return int.from_bytes(data, "little")
 
 
-@dataclass
-class Listing:
+class Listing(msgspec.Struct):
     """Sources in the order they are listed, checked and digested on the way.
 
     Iterating yields blocks of ``(id, payload, weight)``; afterwards the other fields hold
@@ -88,13 +86,13 @@ class Listing:
     """
 
     sources: Iterable[tuple[str, bytes, float]]
-    digests: array[int] = field(default_factory=lambda: array("Q"))
+    digests: array[int] = msgspec.field(default_factory=lambda: array("Q"))
     weight: float = 0.0
     uniform: bool = True
-    starts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
+    starts: list[int] = msgspec.field(default_factory=list)
+    _digest: hashlib.blake2b = msgspec.field(
+        default_factory=lambda: hashlib.blake2b(digest_size=16)
+    )
 
     def blocks(self) -> Iterator[list[tuple[str, bytes, float]]]:
         """Yield the sources in blocks of bounded count and size."""
@@ -205,8 +203,7 @@ def _refuse_too_many(count: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """An opened part of the manifest."""
 
     container: Container[PartFooter]

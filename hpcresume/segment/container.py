@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import google_crc32c
@@ -54,8 +53,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     footer: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Container(Generic[FooterT]):
+class Container(msgspec.Struct, Generic[FooterT], frozen=True):
     """An opened container: its footer is verified, its blocks are not read yet."""
 
     fs: Readable

@@ -29,7 +29,6 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -106,18 +105,17 @@ class Columns(NamedTuple):
             raise InternalError("rows must be added to a frame in the order of their sources")
 
 
-@dataclass(slots=True)
-class FrameBuilder:
+class FrameBuilder(msgspec.Struct):
     """Collects completed sources; :meth:`build` gives the frame.
 
     Sources must be added in increasing index order.
     """
 
-    indices: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    rows: list[bytes] = field(default_factory=list)
-    paths: list[ItemPath] = field(default_factory=list)
-    files: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    indices: list[int] = msgspec.field(default_factory=list)
+    ends: list[int] = msgspec.field(default_factory=list)
+    rows: list[bytes] = msgspec.field(default_factory=list)
+    paths: list[ItemPath] = msgspec.field(default_factory=list)
+    files: dict[str, list[tuple[str, str]]] = msgspec.field(default_factory=dict)
     size_bytes: int = 0
 
     def add(self, index: int, rows: Sequence[tuple[ItemPath, bytes]]) -> None:
@@ -210,8 +208,7 @@ def _encode_paths(paths: Sequence[ItemPath]) -> bytes:
     return b"z" + zlib.compress("\n".join(map(texts.__getitem__, keys)).encode(), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     """A verified frame.
 
     Attributes:

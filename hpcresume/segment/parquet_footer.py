@@ -11,8 +11,9 @@ that fields of later versions of the format pass through unseen.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from hpcresume.errors import CorruptDataError
 
@@ -55,12 +56,11 @@ def tail(footer: bytes) -> bytes:
     return footer + _LENGTH.pack(len(footer)) + MAGIC
 
 
-@dataclass(slots=True)
-class FooterJoiner:
+class FooterJoiner(msgspec.Struct):
     """Collects the footers of row groups; :meth:`footer` is that of all of them in one file."""
 
-    _first: Struct = field(default_factory=dict)
-    _groups: list[Struct] = field(default_factory=list)
+    _first: Struct = msgspec.field(default_factory=dict)
+    _groups: list[Struct] = msgspec.field(default_factory=list)
     _rows: int = 0
 
     def add(self, footer: bytes, offset: int) -> None:

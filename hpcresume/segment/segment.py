@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import google_crc32c
 import msgspec
@@ -189,8 +188,7 @@ class SegmentFooter(msgspec.Struct):
 _FAILURES = msgspec.msgpack.Decoder(list[Failure])
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """An opened segment; its footer is verified, its body is not."""
 
     container: Container[SegmentFooter]

@@ -11,15 +11,11 @@ import fcntl
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import psutil
-
 from hpcresume.errors import LocalStorageError
 from hpcresume.ledger.local_disk import check_local
-from hpcresume.task.process import processes_of
 
 # <temp>/r/session_<26 characters>_<pid>/sockets/plasma_store must fit a socket's 107 bytes.
 MAX_RAY_TEMP_BYTES = 41
@@ -102,8 +98,10 @@ def make_scratch(local: str, *, run_id: str, name: str, attempt: str) -> Scratch
     Raises:
         LocalStorageError: The disk refused, or another user holds the name.
     """
-    base = os.path.join(local, f"hpcresume-{os.geteuid()}")
-    path = os.path.join(base, run_id, name)
+    import tempfile
+
+    parent = _directory_of(local, run_id)
+    base, path = os.path.dirname(parent), os.path.join(parent, name)
     with contextlib.ExitStack() as undo:
         try:
             os.makedirs(base, mode=0o700, exist_ok=True)
@@ -124,6 +122,11 @@ def make_scratch(local: str, *, run_id: str, name: str, attempt: str) -> Scratch
             ) from error
         undo.pop_all()
     return Scratch(path, ray_temp, lock_fd)
+
+
+def _directory_of(local: str, run_id: str) -> str:
+    """Return the directory of a run's attempts on this node."""
+    return os.path.join(local, f"hpcresume-{os.geteuid()}", run_id)
 
 
 def _put(new: str, path: str) -> None:
@@ -179,6 +182,8 @@ def make_ray_temp(local: str = "") -> str:
     Raises:
         LocalStorageError: No directory will do.
     """
+    import tempfile
+
     tried = []
     for parent in (local, "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"):  # noqa: S108  # mkdtemp makes it private
         if not parent:
@@ -199,12 +204,17 @@ def make_ray_temp(local: str = "") -> str:
     )
 
 
+def has_attempts(local: str, *, run_id: str) -> bool:
+    """Tell whether any attempt of a run, dead or alive, has a directory on this node."""
+    return os.path.exists(_directory_of(local, run_id))
+
+
 def dead_attempts(local: str, *, run_id: str) -> Iterator[str]:
     """Yield the directories that dead attempts of a run left on this node.
 
     Each is locked while the caller works on it, so two sweeps do not meet.
     """
-    parent = os.path.join(local, f"hpcresume-{os.geteuid()}", run_id)
+    parent = _directory_of(local, run_id)
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(parent)):
             path = os.path.join(parent, name)
@@ -224,6 +234,10 @@ def dead_attempts(local: str, *, run_id: str) -> Iterator[str]:
 
 def end_dead(path: str) -> None:
     """End the processes that outlived a dead attempt."""
+    import psutil
+
+    from hpcresume.task.process import processes_of
+
     attempt, ray_temp = _read(path, _NAME), _read(path, _RAY_TEMP)
     if not attempt:
         return

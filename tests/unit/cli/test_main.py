@@ -18,14 +18,27 @@ from hpcresume.observe.words import human_seconds, human_share
 from tests.support.runs import make_run
 
 HEAVY = ("ray", "submitit", "pyarrow", "jinja2", "rich", "lmdb", "psutil", "cloudpickle")
+SLOW = (*HEAVY, "asyncio", "ctypes", "importlib.metadata", "multiprocessing", "secrets", "socket")
+"""What a command that has nothing to run does not wait for."""
 
 
-def run_python(code):
+def run_python(code, *arguments):
     """Run code in a fresh interpreter and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
+
+
+def modules_of(*arguments):
+    """Return the modules that a command has imported when it ends."""
+    code = (
+        "import sys\n"
+        "from hpcresume.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
+    return set(run_python(code, *arguments).partition("LOADED")[2].split())
 
 
 @pytest.fixture
@@ -80,20 +93,31 @@ def test_commands_show_an_example_and_import_nothing_heavy(command):
     assert set() == set(HEAVY) & set(modules.split())
 
 
-def test_status_imports_nothing_heavy_when_it_runs(tmp_path):
+def test_status_imports_nothing_slow(tmp_path):
     """Reading a run needs neither Ray nor the ledger's engine."""
     made = make_run(tmp_path)
     made.publish(made.attempt(), [range(3)])
-    modules = run_python(
-        "import sys\n"
-        "from hpcresume.cli import cli\n"
-        f"try: cli.main(['status', {made.path!r}])\n"
-        "except SystemExit: pass\n"
-        "print('LOADED', *sys.modules)"
-    ).partition("LOADED")[2]
+    modules = modules_of("status", made.path)
 
-    assert "hpcresume.observe.status" in modules.split()
-    assert set() == set(HEAVY) & set(modules.split())
+    assert "hpcresume.observe.status" in modules
+    assert set() == set(SLOW) & modules
+
+
+def test_a_complete_run_is_known_as_one_without_what_would_run_it(tmp_path):
+    """Submitting it again and merging it once more import nothing that takes long."""
+    pipeline, run = tmp_path / "twice.py", tmp_path / "run"
+    pipeline.write_text(
+        "import hpcresume as hr\n"
+        "def twice(i): return 2 * i\n"
+        "pipeline = hr.Pipeline(name='p', sources=hr.indexed(3), stages=[twice])\n"
+    )
+    submit = ("submit", pipeline, "--cluster", "local", "--engine", "inline")
+    submit += ("--run-dir", run, "--local-dir", tmp_path)
+    modules_of(*submit)
+    again, merge = modules_of(*submit), modules_of("merge", run)
+
+    assert "hpcresume.launch.foreground" in again
+    assert set() == set(SLOW) & (again | merge)
 
 
 def test_a_deliberate_error_is_its_message_and_exit_code(hpcresume, raising):

@@ -92,6 +92,15 @@ def test_a_site_is_recognised_by_variable_and_by_cluster_name(environ, write):
     assert "both" == identify_site(third, cluster_name="third")[0]
 
 
+def test_a_site_that_is_not_recognised_is_read_no_further(load, write):
+    """A mistake in another site's settings, or in what it extends, stops nobody."""
+    write("sites/other/site.toml", "extends = 'none'\n[request]\nno_such_key = 1\n")
+    write("sites/mine/site.toml", "[site.identify]\ncluster_name = 'here'\n")
+    assert "mine" == load(SLURM_CLUSTER_NAME="here").site_name
+    with pytest.raises(ConfigError, match="no_such_key"):
+        load(site="other")
+
+
 def test_the_cluster_name_is_read_from_slurm_conf(environ, write):
     """Where no variable tells, Slurm's configuration does."""
     conf = write("slurm.conf", "# ClusterName=no\n  clustername = yes  # here\nNodeName=a\n")

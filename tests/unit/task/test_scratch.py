@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcresume.errors import LocalStorageError
-from hpcresume.task.scratch import dead_attempts, make_scratch, sweep
+from hpcresume.task.scratch import dead_attempts, has_attempts, make_scratch, sweep
 
 RUN = "0123456789abcdef"
 
@@ -50,7 +50,9 @@ def test_a_sweep_never_takes_an_attempt_that_starts(tmp_path: Path) -> None:
 
 def test_what_an_attempt_left_is_dead_once_its_lock_is_free(tmp_path: Path) -> None:
     """A directory whose owner lives is left alone; that of a dead one is found and removed."""
+    assert not has_attempts(str(tmp_path), run_id=RUN)
     scratch = make(tmp_path, 1)
+    assert has_attempts(str(tmp_path), run_id=RUN)
     assert [] == list(dead_attempts(str(tmp_path), run_id=RUN))
 
     os.close(scratch.lock_fd)
