@@ -6,14 +6,12 @@ in-flight marks are written at once.  The thread is the only writer of the ledge
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from hpcresume.errors import HpcResumeError, InternalError, describe
+from hpcresume.ledger.parts import BlobFiles, StoredBlob
 from hpcresume.ledger.store import Batch, Ledger, LedgerState
 from hpcresume.segment.segment import Failure
 
@@ -47,7 +45,8 @@ class GroupCommitter:
         self._added = self._done = self._marked = 0
         self._urgent = self._noted = self._closing = False
         self._error: HpcResumeError | None = None
-        self._blobs: deque[tuple[int, list[str]]] = deque()
+        self._batch_blobs: list[StoredBlob] = []
+        self._files = BlobFiles()
         self.committed_seq = ledger.last_sequence()
         self.committed_sources = 0
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -57,8 +56,7 @@ class GroupCommitter:
         self,
         *,
         frame: bytes | None = None,
-        blob: str | None = None,
-        blob_bytes: int = 0,
+        blob: StoredBlob | None = None,
         sources: int = 0,
         failures: list[Failure] | None = None,
         unmark: int | None = None,
@@ -68,8 +66,7 @@ class GroupCommitter:
 
         Args:
             frame: A chunk of completed sources.
-            blob: Path of the file that its rows lie in, if they are not in the frame.
-            blob_bytes: Size of that file.
+            blob: Where its rows lie, if they are not in the frame.
             sources: How many sources are completed.
             failures: Failed tries.
             unmark: A call that is over.
@@ -85,9 +82,11 @@ class GroupCommitter:
             self._accept()
             if frame is not None:
                 self._batch.frames.append(frame)
-                self._batch_bytes += len(frame) + blob_bytes
+                self._batch_bytes += len(frame)
                 if blob is not None:
-                    self._batch.blobs.append(blob)
+                    self._batch.blobs.append(blob.path)
+                    self._batch_blobs.append(blob)
+                    self._batch_bytes += blob.length
                 self._batch_sources += sources
             if failures:
                 self._batch.failures.extend(failures)
@@ -192,13 +191,15 @@ class GroupCommitter:
             release, self._release = self._release, 0
             due, closing, added = self._due(), self._closing, self._added
             batch, sources = (self._batch, self._batch_sources) if due else (Batch(), 0)
+            blobs = self._batch_blobs if due else []
             if due:
+                self._batch_blobs = []
                 self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
                 self._oldest, self._urgent = None, False
                 self._condition.notify_all()
         if release:
             self._ledger.release(release)
-            self._remove_blobs(release)
+            self._files.release(release)
         # Notes do not wait for results, nor for the disk: only a death of ours reads them.
         if notes.mark or notes.state is not None:
             self._ledger.commit(notes)
@@ -207,22 +208,14 @@ class GroupCommitter:
                 self._condition.notify_all()
         if due:
             sequence = self._ledger.commit(batch)
+            self._files.committed(sequence, blobs)
             with self._condition:
                 self.committed_seq, self._done = sequence, added
-                if batch.blobs:
-                    self._blobs.append((sequence, batch.blobs))
                 self.committed_sources += sources
                 self._condition.notify_all()
             if self._on_commit is not None and (batch.frames or batch.failures):
                 self._on_commit(batch.frames, batch.failures)
         return closing and self._added == added
-
-    def _remove_blobs(self, last: int) -> None:
-        while self._blobs and self._blobs[0][0] <= last:
-            for path in self._blobs.popleft()[1]:
-                # The attempt's directory is removed at its end in any case.
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
 
     def _fail(self, error: HpcResumeError) -> None:
         with self._condition:

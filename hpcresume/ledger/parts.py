@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import google_crc32c
 import msgspec
@@ -19,12 +20,20 @@ from hpcresume.errors import CorruptDataError
 from hpcresume.fs import POSIX, publish, storage_errors
 from hpcresume.ledger.store import Commit
 from hpcresume.run.directory import AttemptRef, RunDir
-from hpcresume.segment.frame import PARQUET, Blob, blob_of, moved
+from hpcresume.segment.frame import BLOB_FILE_BYTES, PARQUET, Blob, blob_of, moved
 from hpcresume.segment.parquet_footer import MAGIC, FooterJoiner, tail
 from hpcresume.segment.segment import PartEntry
 
 SCHEMA_NAME = "schema"
 _COPY_BYTES = 4 << 20
+
+
+class StoredBlob(NamedTuple):
+    """A blob on this node: path of its file, and offset and length in it."""
+
+    path: str
+    offset: int
+    length: int
 
 
 class Part:
@@ -104,15 +113,59 @@ class Part:
         path, at, crc = os.path.join(self._root, blob.file), 0, 0
         while at < blob.length:
             try:
-                piece = POSIX.read(path, at, min(_COPY_BYTES, blob.length - at))
+                piece = POSIX.read(path, blob.offset + at, min(_COPY_BYTES, blob.length - at))
             except OSError as error:
                 raise _damaged(path, str(error)) from error
             if not piece:
-                raise _damaged(path, f"it ends at byte {at} of {blob.length}")
+                raise _damaged(path, f"it ends at byte {at} of {blob.length} from {blob.offset} on")
             crc, at = google_crc32c.extend(crc, piece), at + len(piece)
             yield piece
         if crc != blob.crc:
             raise _damaged(path, "it fails its CRC")
+
+
+class _File(msgspec.Struct):
+    """What is known of a node-local file of blobs.
+
+    Attributes:
+        blobs: Length of each committed blob, by where it begins.
+        last: Sequence number of the last commit that names one.
+    """
+
+    blobs: dict[int, int] = msgspec.field(default_factory=dict)
+    last: int = 0
+
+    def is_whole(self) -> bool:
+        """Tell whether every blob that it will ever hold is committed."""
+        end = max(offset + length for offset, length in self.blobs.items())
+        return end >= BLOB_FILE_BYTES and end == sum(self.blobs.values())
+
+
+class BlobFiles:
+    """The node-local files of blobs, and which of them are needed no more.
+
+    A file goes when it takes no further blob and the commits of all that it holds are
+    published; what is left goes with the attempt's directory.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, _File] = {}
+
+    def committed(self, sequence: int, blobs: Iterable[StoredBlob]) -> None:
+        """Note the blobs of a commit."""
+        for blob in blobs:
+            file = self._files.setdefault(blob.path, _File())
+            file.blobs[blob.offset] = blob.length
+            file.last = sequence
+
+    def release(self, last: int) -> None:
+        """Remove what only commits up to ``last`` need; they are published."""
+        for path, file in list(self._files.items()):
+            if file.last <= last and file.is_whole():
+                del self._files[path]
+                # The attempt's directory is removed at its end in any case.
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
 
 def _blob(frame: bytes) -> Blob | None:

@@ -217,7 +217,7 @@ class Ledger:
                 that was committed before is affected.
         """
         # A commit on disk must not name rows that are not.
-        for path in batch.blobs:
+        for path in dict.fromkeys(batch.blobs):
             self._sync_blob(path)
         sequence = self._write(lambda txn: self._put(txn, batch))
         if batch.durable:

@@ -281,7 +281,8 @@ def frame_of_blob(data: bytes, root: str) -> Frame:
     if frame.blob is None:
         return frame
     with open(os.path.join(root, frame.blob.file), "rb") as file:
-        rows = file.read()
+        file.seek(frame.blob.offset)
+        rows = file.read(frame.blob.length)
     if frame.blob.format == PARQUET:
         table = read_table(whole(rows, frame.blob.footer))
         return as_lines(frame, table_lines(table, bytes_as_text=True))

@@ -48,10 +48,12 @@ _MAX_PATHS_BYTES = 1 << 30
 _FILES = msgspec.json.Decoder(dict[str, list[tuple[str, str]]])
 _ELSEWHERE = 1 << 31
 JSONL, PARQUET = "jsonl", "parquet"
+BLOB_FILE_BYTES = 4 << 20
+"""A node-local file takes no further blob once it holds this many bytes."""
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one frame that lie in a file of their own, then in a part.
+    """Rows of one frame that lie in a node-local file, then in a part.
 
     Attributes:
         format: ``jsonl`` or ``parquet``.

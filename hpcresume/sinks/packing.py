@@ -9,17 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import google_crc32c
 
 from hpcresume.errors import LocalStorageError, RowError
 from hpcresume.ids import ItemPath
-from hpcresume.segment.frame import JSONL, PARQUET, Blob, Columns, FrameBuilder
+from hpcresume.segment.frame import (
+    BLOB_FILE_BYTES,
+    JSONL,
+    PARQUET,
+    Blob,
+    Columns,
+    FrameBuilder,
+)
 from hpcresume.segment.parquet_footer import split
-from hpcresume.sinks.rows import encode_lines, encode_row
+from hpcresume.sinks.rows import encode_lines, encode_row, joined
 
 SCHEMA_NAME = "schema"
 """The schema that the first rows of an attempt had, beside its blobs."""
@@ -140,15 +147,13 @@ class JsonlPacker(RowsPacker):
     frame_bytes = 16 << 20
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
+        self._file = BlobFile(directory)
 
     def _build(self, frame: FrameBuilder) -> bytes:
         if not frame.rows:
             return frame.build()
-        data = frame.lines()
-        name = write_blob(self._directory, data)
-        crc = google_crc32c.value(data)
-        return frame.build(Blob(JSONL, name, 0, len(data), crc, len(frame.rows)))
+        name, offset, length, crc = self._file.append(joined(frame.rows))
+        return frame.build(Blob(JSONL, name, offset, length, crc, len(frame.rows)))
 
 
 class ParquetPacker:
@@ -163,7 +168,7 @@ class ParquetPacker:
     frame_bytes = 16 << 20
 
     def __init__(self, schema: Any, directory: str) -> None:
-        self._directory = directory
+        self._directory, self._file = directory, BlobFile(directory)
         self._schema = _as_schema(schema)
         self._is_given = schema is not None
 
@@ -214,10 +219,8 @@ class ParquetPacker:
             table = self._table([value for source in sources for _, value in source.rows])
         data = encode_row_group(table)
         pages, footer = split(data)
-        name = write_blob(self._directory, pages)
-        crc = google_crc32c.value(pages)
-        blob = Blob(PARQUET, name, 0, len(pages), crc, len(frame.paths), footer)
-        return frame.build(blob)
+        name, offset, length, crc = self._file.append([pages])
+        return frame.build(Blob(PARQUET, name, offset, length, crc, len(frame.paths), footer))
 
     def pack_columns(self, columns: Columns, table: Any = None) -> bytes:
         """Return the frame of sources without files."""
@@ -254,31 +257,87 @@ class ParquetPacker:
         return self._schema
 
 
-def write_blob(directory: str, data: Any) -> str:
-    """Write a blob's bytes to a new node-local file and return its name.
+class Place(NamedTuple):
+    """Where a blob was written: name of its file, offset and length in it, and its CRC."""
 
-    It is synced by whoever commits the frame that names it.
+    file: str
+    offset: int
+    length: int
+    crc: int
 
-    Raises:
-        LocalStorageError: The disk refused.
+
+class BlobFile:
+    """Appends the blobs of one worker to a node-local file, and to another where it is full.
+
+    What a commit names has to be synced before it: of many small blobs in few files that is
+    one sync, not many.  Who has seen blobs that fill a file, up to
+    :data:`~hpcresume.segment.frame.BLOB_FILE_BYTES`, knows that no other one comes.
+
+    Args:
+        directory: Node-local directory.
     """
-    name = secrets.token_hex(8)
-    path = os.path.join(directory, name)
-    try:
-        with open(path, "xb", buffering=0, opener=_private) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-    except OSError as error:
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        self._name, self._end = "", 0
+
+    def append(self, pieces: Iterable[bytes]) -> Place:
+        """Write a blob's bytes and return where they are.
+
+        They are synced by whoever commits the frame that names them.
+
+        Raises:
+            LocalStorageError: The disk refused; nothing of the blob is left.
+        """
+        start, crc = 0, 0
+        try:
+            file = self._open()
+            start = self._end
+            for piece in pieces:
+                crc = google_crc32c.extend(crc, piece)
+                _write_all(file, piece)
+                self._end += len(piece)
+        except OSError as error:
+            path = os.path.join(self._directory, self._name)
+            self._give_up(path, start)
+            raise LocalStorageError(
+                f"the node-local disk refused {path}: {error.strerror or error}. It is full or "
+                "failing. What was committed is published and this task stops. "
+                "Free space on the node, or give another directory with --local-dir.",
+                path=path,
+            ) from error
+        return Place(self._name, start, self._end - start, crc)
+
+    def _open(self) -> IO[bytes]:
+        if self._file is not None and self._end < BLOB_FILE_BYTES:
+            return self._file
+        self.close()
+        self._name, self._end = secrets.token_hex(8), 0
+        path = os.path.join(self._directory, self._name)
+        self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115  # kept open
+        return self._file
+
+    def _give_up(self, path: str, end: int) -> None:
+        """Leave a file that was refused, with the blobs that it held before."""
         with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise LocalStorageError(
-            f"the node-local disk refused {path}: {error.strerror or error}. It is full or "
-            "failing. What was committed is published and this task stops. "
-            "Free space on the node, or give another directory with --local-dir.",
-            path=path,
-        ) from error
-    return name
+            if end:
+                os.truncate(path, end)
+            else:
+                os.unlink(path)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the next blob begins another one."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._end = None, 0
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _private(path: str, flags: int) -> int:
@@ -291,7 +350,9 @@ def agree_on_schema(directory: str, inferred: Any) -> Any:
 
     path = os.path.join(directory, SCHEMA_NAME)
     if not os.path.exists(path):
-        temporary = os.path.join(directory, write_blob(directory, bytes(inferred.serialize())))
+        own = BlobFile(directory)
+        temporary = os.path.join(directory, own.append([bytes(inferred.serialize())]).file)
+        own.close()
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
         os.unlink(temporary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -17,6 +17,7 @@ from hpcresume.errors import RowError
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 _PLAIN = frozenset({str, int, bool, type(None)})
+_PIECE_BYTES = 1 << 16
 _WIDE_INTEGER = "Integer exceeds 64-bit range"
 
 
@@ -49,10 +50,16 @@ def encode_lines(values: Sequence[Any]) -> list[bytes]:
         lines = [orjson.dumps(value, _from_numpy, _OPTIONS) + b"\n" for value in values]
     except orjson.JSONEncodeError as error:
         raise _row_error(str(error.__cause__ or error)) from error
-    if b"null" in b"".join(lines):
+    if any(b"null" in piece for piece in joined(lines)):
         for value in values:
             refuse_non_finite(value)
     return lines
+
+
+def joined(lines: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield lines joined to pieces, so small that memory is used again and not new each time."""
+    step = max(1, _PIECE_BYTES * len(lines) // max(1, sum(map(len, lines))))
+    return (b"".join(lines[at : at + step]) for at in range(0, len(lines), step))
 
 
 def _encode_wide(value: Any) -> bytes:

@@ -36,6 +36,7 @@ from hpcresume.errors import (
 )
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
+from hpcresume.ledger.parts import StoredBlob
 from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
 from hpcresume.memory import MemoryGroup
 from hpcresume.merge.plan import open_plan
@@ -114,10 +115,12 @@ class LedgerListener:
     def completed(self, frame: bytes, sources: int) -> None:
         """Add a chunk of completed sources."""
         blob = blob_of(frame, what="a worker's frame")
-        size = 0 if blob is None else blob.length
-        self.bytes_added += len(frame) + size
-        path = None if blob is None else os.path.join(self._parts, blob.file)
-        self._committer.add(frame=frame, sources=sources, blob=path, blob_bytes=size)
+        stored = None
+        if blob is not None:
+            path = os.path.join(self._parts, blob.file)
+            stored = StoredBlob(path, blob.offset, blob.length)
+        self.bytes_added += len(frame) + (stored.length if stored else 0)
+        self._committer.add(frame=frame, sources=sources, blob=stored)
 
     def failed(self, failure: Failure) -> None:
         """Add a failure."""

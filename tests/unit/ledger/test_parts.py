@@ -10,11 +10,13 @@ import pytest
 
 from hpcresume.errors import CorruptDataError, LocalStorageError, SharedStorageError
 from hpcresume.fs import digest_of
+from hpcresume.ledger import parts
 from hpcresume.ledger.group_commit import GroupCommitter
 from hpcresume.ledger.store import Batch
 from hpcresume.merge.generation import read_union
 from hpcresume.run.directory import AttemptRef
 from hpcresume.segment.frame import blob_of
+from hpcresume.sinks import packing
 from tests.support.cli import wait_until
 from tests.support.parts import PartsAttempt, pack, rows_of
 from tests.support.places import Place
@@ -191,14 +193,16 @@ def test_a_commit_needs_its_blob(sim: PartsAttempt) -> None:
     assert 0 == sim.ledger.last_sequence()
 
 
-def test_published_blobs_are_removed(sim: PartsAttempt) -> None:
-    """A blob stays until the receipt for its commit, and goes with it."""
+def test_published_blobs_are_removed(sim: PartsAttempt, monkeypatch) -> None:
+    """A file of blobs stays until the receipt for the last commit of them, and goes with it."""
+    for module in (packing, parts):
+        monkeypatch.setattr(module, "BLOB_FILE_BYTES", 1)
     committer = GroupCommitter(sim.ledger)
     for source in (1, 2):
         frame = pack(sim.packer, [source])
         blob = blob_of(frame, what="x")
-        path = str(sim.root / blob.file)
-        committer.add(frame=frame, blob=path, blob_bytes=blob.length, sources=1)
+        stored = parts.StoredBlob(str(sim.root / blob.file), blob.offset, blob.length)
+        committer.add(frame=frame, blob=stored, sources=1)
         committer.flush()
 
     def blobs() -> int:
@@ -209,6 +213,27 @@ def test_published_blobs_are_removed(sim: PartsAttempt) -> None:
     committer.release(receipt.last)
     wait_until(lambda: blobs() == 1, timeout_s=30, describe=blobs)
     committer.close()
+
+
+def test_a_file_of_blobs_stays_while_a_blob_of_it_may_be_needed(tmp_path: Path) -> None:
+    """
+    Blobs are committed in any order: the file goes when it is full, each byte of it was
+    committed and all these commits are released, not before.
+    """
+    path, full = tmp_path / "file", parts.BLOB_FILE_BYTES
+    path.touch()
+    files = parts.BlobFiles()
+
+    def left(*blobs: tuple[int, int, int], release: int) -> bool:
+        for sequence, offset, length in blobs:
+            files.committed(sequence, [parts.StoredBlob(str(path), offset, length)])
+        files.release(release)
+        return path.exists()
+
+    assert left((1, 0, 10), release=1), "its worker may add to it"
+    assert left((2, 20, full), release=2), "another one lies between them"
+    assert left((3, 10, 10), release=2), "the last commit is not published"
+    assert not left(release=3)
 
 
 def test_the_inferred_schema_is_told_once(sim: PartsAttempt) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import hpcresume as hr
 from hpcresume.errors import LocalStorageError, PipelineError, RowError
 from hpcresume.ids import ItemPath
-from hpcresume.segment.frame import blob_of, decode_frame
+from hpcresume.segment.frame import Blob, blob_of, decode_frame
 from hpcresume.segment.parquet_footer import whole
 from hpcresume.sinks import packing
 from hpcresume.sinks.packing import JsonlPacker, Packed, ParquetPacker
@@ -32,7 +33,14 @@ def packed(packer: Any, *rows: Any) -> list[Packed]:
 def table_of(directory: Path, frame: bytes) -> pa.Table:
     """Return the rows of a Parquet frame."""
     blob = blob_of(frame, what="x")
-    return read_table(whole((directory / blob.file).read_bytes(), blob.footer))
+    return read_table(whole(bytes_of(directory, blob), blob.footer))
+
+
+def bytes_of(directory: Path, blob: Blob) -> bytes:
+    """Return a blob's bytes, out of the file that it shares with others."""
+    data = (directory / blob.file).read_bytes()[blob.offset : blob.offset + blob.length]
+    assert blob.crc == google_crc32c.value(data)
+    return data
 
 
 def test_json_lines_lie_in_a_blob(tmp_path: Path) -> None:
@@ -46,6 +54,38 @@ def test_json_lines_lie_in_a_blob(tmp_path: Path) -> None:
     empty = decode_frame(packer.pack(packed(packer, [], [])), what="x")
     assert (None, 2) == (empty.blob, len(empty.completed))
     assert 1 == len(os.listdir(tmp_path))
+
+
+def test_blobs_follow_each_other_in_a_file_until_it_is_full(tmp_path: Path, monkeypatch) -> None:
+    """What one worker makes lies in few files: a commit syncs each of them once."""
+    monkeypatch.setattr(packing, "BLOB_FILE_BYTES", 20)
+    packer = JsonlPacker(str(tmp_path))
+    blobs = [
+        blob_of(packer.pack(packed(packer, [n * "x", n])), what="x") for n in (1, 100, 3, 4, 5)
+    ]
+    assert [0, 6, 0, 8, 17] == [blob.offset for blob in blobs]
+    assert 2 == len({blob.file for blob in blobs}) == len(os.listdir(tmp_path))
+    assert [b'"x"\n1\n', b'"xxx"\n3\n'] == [bytes_of(tmp_path, blobs[n]) for n in (0, 2)]
+
+
+def test_a_disk_that_fills_up_leaves_the_blobs_before(tmp_path: Path, monkeypatch) -> None:
+    """Half a blob is cut off; what the file held stays, and the next blob begins another one."""
+    packer = JsonlPacker(str(tmp_path))
+    first = blob_of(packer.pack(packed(packer, [1])), what="x")
+
+    def half(file: IO[bytes], data: bytes) -> None:
+        file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    refused = packed(packer, ["x" * 100])
+    with monkeypatch.context() as full:
+        full.setattr(packing, "_write_all", half)
+        with pytest.raises(LocalStorageError, match="No space left"):
+            packer.pack(refused)
+    assert b"1\n" == (tmp_path / first.file).read_bytes()
+
+    second = blob_of(packer.pack(packed(packer, [2])), what="x")
+    assert (b"2\n", True) == (bytes_of(tmp_path, second), first.file != second.file)
 
 
 def test_dicts_arrays_and_tables_become_columns(tmp_path: Path) -> None:
