@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcresume.errors import RowError
-from hpcresume.sinks.rows import encode_lines, encode_row
+from hpcresume.sinks.rows import encode_lines, encode_row, joined
 
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -47,6 +47,24 @@ def test_numbers_without_a_json_form_are_refused(number: float, wrap: Any, besid
         encode_row([beside, wrap(number)])
     with pytest.raises(RowError):
         encode_lines([1, [beside, wrap(number)]])
+
+
+@pytest.mark.parametrize("odd", [float("nan"), [float("inf")], {"b": (float("-inf"),)}])
+def test_among_long_rows_they_are_refused_too(odd: Any) -> None:
+    """What a long row was made of is looked at; one that holds only text and null is a row."""
+    rows = [{"text": "x" * 2000, "k": k, "none": None, "yes": True} for k in range(100)]
+    assert [encode_row(row) + b"\n" for row in rows] == encode_lines(rows)
+    for bad in ({"text": "x" * 2000, "odd": odd}, odd):
+        with pytest.raises(RowError):
+            encode_lines([*rows, bad])
+        with pytest.raises(RowError):
+            encode_lines([bad, *rows])
+
+
+@given(st.lists(st.binary(max_size=1 << 10).map(lambda data: data + b"\n"), max_size=300))
+def test_pieces_are_all_lines(lines: list[bytes]) -> None:
+    """Lines joined to pieces are the same bytes, whatever their lengths."""
+    assert b"".join(lines) == b"".join(joined(lines))
 
 
 def test_null_is_a_value() -> None:
