@@ -54,6 +54,8 @@ MAX_STARTS_WITHOUT_WORK = 3
 _CALL_BYTES = 1 << 20
 _ROWS = RowsPacker()
 _QUEUE_AHEAD_S = 0.05
+_ASYNC_CALL_S = 0.02
+"""Items that wait for an answer beside each other are told together: one may wait for ever."""
 
 
 class Listener(Protocol):
@@ -362,7 +364,9 @@ class Executor:
         reaching = self._groups[1 : state.group.number + 1]
         left = self._admission.left() + sum(before.waiting for before in reaching)
         spread = -(-left // (4 * len(state.workers)))
-        size = int(limits.chunk_target_s / per_item) if per_item else 1
+        is_async = state.group.is_async
+        target = min(_ASYNC_CALL_S, limits.chunk_target_s) if is_async else limits.chunk_target_s
+        size = int(target / per_item) if per_item else 1
         return max(
             1, min(size, spread, limits.chunk_max), min(state.group.batch_size, limits.chunk_max)
         )

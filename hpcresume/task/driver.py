@@ -71,8 +71,6 @@ _REPORT_S = 0.2
 _STATE_S = 1.0
 _CLOSE_S = 5.0
 _START_SLOT_S = 15.0
-_PARTS_CHUNK_S = 0.1
-"""A call's rows are one row group of Parquet, which is not to be tiny."""
 _COLLECT_AFTER = 20_000
 """New objects before the garbage collector looks at the young ones."""
 _STOPPED = "stopped before the shard was settled"
@@ -217,7 +215,6 @@ class Driver:
         loaded = (bitmaps.load(group, what="suspects") for group in self._work.suspects)
         suspects = [group & sources for group in loaded if group & sources]
         ran = {s: seconds for s, seconds in self._work.ran.items() if s in sources}
-        has_parts = isinstance(pipeline.sink, Parts)
         ordinary = sources - bitmaps.union(suspects) - BitMap(ran)
         return Executor(
             groups,
@@ -226,7 +223,7 @@ class Driver:
             self._listener,
             Limits(
                 max_attempts=spec.max_attempts,
-                chunk_target_s=max(spec.chunk_target_s, _PARTS_CHUNK_S if has_parts else 0.0),
+                chunk_target_s=spec.chunk_target_s,
                 chunk_max=spec.chunk_max,
                 memory_mib=spec.memory_mib,
                 memory_limit=spec.memory_limit,

@@ -101,6 +101,24 @@ def test_calls_are_sized_by_time(tmp_path: Path, per_item: float, largest: int) 
     assert largest == max(bench.sizes())
 
 
+def test_what_waits_beside_each_other_is_told_in_small_calls(tmp_path: Path) -> None:
+    """However much a call may hold, items of an async stage do not wait long for each other."""
+
+    async def work(x: int) -> int:
+        return x
+
+    limits = Limits(chunk_target_s=1.0)
+    bench = Bench(
+        tmp_path, [hr.stage(work, max_concurrency=64)], [0] * 400,
+        limits=limits, seconds_per_item=0.005,
+    )  # fmt: skip
+    assert bench.run()
+    assert 4 == max(bench.sizes())
+    bench = Bench(tmp_path, [one], [0] * 4000, limits=limits, seconds_per_item=0.005)
+    assert bench.run()
+    assert 200 == max(bench.sizes())
+
+
 def test_batches_are_full(tmp_path: Path) -> None:
     """A call has at least a batch where there is one, however slow the items are."""
 
