@@ -38,7 +38,7 @@ class Sizes:
         some: Sources where one costs a task of Ray.
         few: Sources where one costs a process.
         fan: Sources of ten rows each.
-        slow: Sources of 10 ms each.
+        slow: Sources of 10 ms of a core each.
         bulk: Sources of 20 KB.
         batches: Sources of one batch of 20,000 rows.
         union: Sources that 64 writers have completed.
@@ -209,7 +209,7 @@ class Bench:
         ]  # fmt: skip
 
     def _resumable(self) -> list[Case]:
-        group, n = "sources of 10 ms", self.sizes.slow
+        group, n = "sources of 10 ms of a core", self.sizes.slow
         ideal = n * 0.01 / self.cores
 
         def measure(directory: Path) -> Measured:

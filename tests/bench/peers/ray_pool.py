@@ -2,7 +2,8 @@
 
 ``rows``: each answer is a list of Python rows.  ``packed``: the worker packs its rows to bytes.
 ``fan``: as packed, with ten rows per source.  ``handover``: a second pool takes the first one's
-items through Ray's object store, with no driver in between.  ``slow``: each source takes 10 ms.
+items through Ray's object store, with no driver in between.  ``slow``: each source takes 10 ms of
+a core.
 """
 
 import sys
@@ -14,7 +15,7 @@ from common import CORES, Report, first, second, third, write_rows
 
 FAN, AHEAD = 10, 3
 form = sys.argv[3]
-CHUNK = 1 if form == "slow" else 4096
+CHUNK = 10 if form == "slow" else 4096
 
 
 def packed(rows):
@@ -41,8 +42,11 @@ class Worker:
         return packed([{**row, "k": k} for row in self.rows(start, stop) for k in range(FAN)])
 
     def slow(self, start, stop):
-        """Return packed rows, after 10 ms each."""
-        time.sleep(0.01 * (stop - start))
+        """Return packed rows, after 10 ms of a core for each."""
+        for _ in range(start, stop):
+            until = time.thread_time() + 0.01
+            while time.thread_time() < until:
+                pass
         return self.packed(start, stop)
 
     def items(self, start, stop):
