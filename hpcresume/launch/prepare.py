@@ -31,9 +31,10 @@ from hpcresume.pipeline.load import (
     parse_target,
     write_snapshot,
 )
+from hpcresume.pipeline.members import SPACING_MIN, Members
 from hpcresume.pipeline.params import parameter_digest
 from hpcresume.pipeline.pipeline import Pipeline
-from hpcresume.pipeline.restarts import SPACING_MIN, RestartStore, furthest_apart, spacing_of
+from hpcresume.pipeline.restarts import RestartStore
 from hpcresume.pipeline.sources import Indexed, SourceList, encode_payload
 from hpcresume.run.directory import (
     FORMAT_VERSION,
@@ -291,28 +292,15 @@ def _digests(directory: Path) -> dict[str, str]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-_FAR = 4
-"""Restart points that lie so many times as far apart as they should are worth a word."""
-
-
 class _Keeper(msgspec.Struct, frozen=True):
     """Takes what a listing finds besides the sources."""
 
     run: RunDir
     notes: list[str]
 
-    def restart_points(self, path: Path, size_bytes: int, digest: str) -> None:
-        if size_bytes <= SPACING_MIN:
-            return
-        points = RestartStore(self.run.fs, self.run.restarts).keep(path, digest)
-        apart = furthest_apart(points, size_bytes)
-        if apart > _FAR * spacing_of(path.stat().st_size):
-            self.note(
-                f"{path} is made of small gzip members, as bgzip and `cat` of small files write "
-                f"them, and up to {apart >> 20} MiB of it have no place where reading can begin: "
-                "each worker reads what lies before its chunks. `zcat` of it into `gzip` writes a "
-                "file that has such places."
-            )
+    def restart_points(self, path: Path, size_bytes: int, digest: str, members: Members) -> None:
+        if size_bytes > SPACING_MIN:
+            RestartStore(self.run.fs, self.run.restarts).keep(path, digest, members)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

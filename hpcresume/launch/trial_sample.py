@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from hpcresume.engine.calls import Inputs
 from hpcresume.errors import SourcesError, UsageError
 from hpcresume.fs import POSIX
 from hpcresume.pipeline.chunk import Chunk
+from hpcresume.pipeline.members import SPACING_MIN, Members
 from hpcresume.pipeline.payload import decode_payload
-from hpcresume.pipeline.restarts import SPACING_MIN, RestartStore
+from hpcresume.pipeline.restarts import RestartStore
 from hpcresume.pipeline.sources import Indexed, SourceList, encode_payload
 
 
@@ -25,15 +26,31 @@ class Sample:
         total: Number of all sources.
         indices: Positions of the sampled ones in the listing, increasing.
         records: Id and encoded payload of each; None where payloads are made from positions.
+        members: Those of the gzip files that chunks are of.
     """
 
     total: int
     indices: list[int]
     records: list[tuple[str, bytes]] | None = None
+    members: dict[Path, Members] = field(default_factory=dict)
 
     def id_of(self, slot: int) -> str:
         """Return the id of sampled source ``slot``."""
         return str(self.indices[slot]) if self.records is None else self.records[slot][0]
+
+
+class _Noted:
+    """Takes what a listing finds about the gzip files that it reads."""
+
+    def __init__(self) -> None:
+        self.members: dict[Path, Members] = {}
+
+    def restart_points(self, path: Path, size_bytes: int, digest: str, members: Members) -> None:
+        del size_bytes, digest
+        self.members[path] = members
+
+    def note(self, text: str) -> None:
+        del text
 
 
 class Spread:
@@ -80,12 +97,12 @@ def spread(sources: SourceList, n: int) -> Sample:
         raise UsageError(f"-n {n}: a sample has at least 1 source.")
     if isinstance(sources, Indexed):
         return Sample(len(sources), even_positions(len(sources), n))
-    kept = Spread(n)
-    for source in sources:
+    kept, noted = Spread(n), _Noted()
+    for source in sources.listed(noted):
         kept.add(source)
     chosen = kept.chosen()
     records = [(s.id, encode_payload(s.payload, source_id=s.id)) for _, s in chosen]
-    return Sample(kept.count, [position for position, _ in chosen], records)
+    return Sample(kept.count, [position for position, _ in chosen], records, noted.members)
 
 
 def named(sources: SourceList, wanted: Sequence[str]) -> Sample:
@@ -94,9 +111,9 @@ def named(sources: SourceList, wanted: Sequence[str]) -> Sample:
         found = {name: int(name) for name in wanted if _is_index(name, len(sources))}
         _refuse_absent(wanted, found, first="0" if len(sources) else None)
         return Sample(len(sources), sorted(found.values()))
-    missing, first, total = set(wanted), None, 0
+    missing, first, total, noted = set(wanted), None, 0, _Noted()
     indices, records = [], []
-    for position, source in enumerate(sources):
+    for position, source in enumerate(sources.listed(noted)):
         first = source.id if first is None else first
         total = position + 1
         if source.id in missing:
@@ -104,7 +121,7 @@ def named(sources: SourceList, wanted: Sequence[str]) -> Sample:
             indices.append(position)
             records.append((source.id, encode_payload(source.payload, source_id=source.id)))
     _refuse_absent(wanted, {record[0] for record in records}, first=first)
-    return Sample(total, indices, records)
+    return Sample(total, indices, records, noted.members)
 
 
 def _is_index(text: str, total: int) -> bool:
@@ -130,8 +147,8 @@ def keep_restart_points(sample: Sample, directory: Path) -> None:
     payloads = [decode_payload(data) for _, data in sample.records or () if data[:1] == b"c"]
     chunks = [payload for payload in payloads if isinstance(payload, Chunk)]
     deep = {chunk.path for chunk in chunks if chunk.offset > SPACING_MIN}
-    for path in sorted(path for path in deep if path.suffix == ".gz"):
-        RestartStore(POSIX, str(directory)).keep(path, "")
+    for path in sorted(deep & sample.members.keys()):
+        RestartStore(POSIX, str(directory)).keep(path, "", sample.members[path])
 
 
 class SampleFeed:

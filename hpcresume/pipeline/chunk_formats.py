@@ -21,6 +21,7 @@ from typing import Any
 
 from hpcresume.errors import SourcesError
 from hpcresume.pipeline.chunk import Chunk
+from hpcresume.pipeline.members import Members, MemberStream
 from hpcresume.pipeline.records import (
     check_width,
     csv_error,
@@ -64,11 +65,13 @@ class Listed:
         size_bytes: Size of its content, uncompressed.
         digest: Of its content.
         single_frame: Whether it is one Zstandard frame, which can be read from its start only.
+        members: Those of a gzip file.
     """
 
     size_bytes: int = 0
     digest: str = ""
     single_frame: bool = False
+    members: Members | None = None
 
 
 Lister = Callable[[Path, int, Listed], Iterator[Extent]]
@@ -117,6 +120,8 @@ class _Range:
         listed.size_bytes, listed.digest = self.offset, self._whole.hexdigest()
         last = self._stream.restart_before(self.offset)
         listed.single_frame = path.suffix == ".zst" and last == (0, 0)
+        if isinstance(self._stream, MemberStream):
+            listed.members = self._stream.members
 
 
 def _list_lines(path: Path, rows: int, listed: Listed) -> Iterator[Extent]:

@@ -97,8 +97,8 @@ class ChunkSources(SourceList, msgspec.Struct, frozen=True):
                 "worker reads what lies before its chunks. `pzstd`, or `split` and `zstd` and "
                 "`cat`, write one that has several."
             )
-        if path.suffix == ".gz" and kind != "warc":
-            keeper.restart_points(path, listed.size_bytes, listed.digest)
+        if listed.members is not None:
+            keeper.restart_points(path, listed.size_bytes, listed.digest, listed.members)
 
     def describe(self) -> dict[str, Any]:
         """Return the files and the number of rows; each chunk has its own digest."""

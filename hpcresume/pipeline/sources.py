@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, cast
 import msgspec
 
 from hpcresume.errors import PipelineError, SourcesError
+from hpcresume.pipeline.members import Members
 from hpcresume.pipeline.payload import decode_payload, encode_payload
 from hpcresume.pipeline.records import (
     READERS,
@@ -78,13 +79,14 @@ class Source:
 class Keeper(Protocol):
     """What a listing may hand to whoever lists, besides the sources."""
 
-    def restart_points(self, path: Path, size_bytes: int, digest: str) -> None:
+    def restart_points(self, path: Path, size_bytes: int, digest: str, members: Members) -> None:
         """Keep where reading a gzip file can begin.
 
         Args:
             path: The file.
             size_bytes: Size of its content, uncompressed.
             digest: Of its content.
+            members: Where its members start.
         """
 
     def note(self, text: str) -> None:

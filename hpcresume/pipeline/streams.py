@@ -9,7 +9,6 @@ is possible; one of a single frame is read from its start.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from hpcresume.errors import SourcesError
+from hpcresume.pipeline.members import MemberStream
 from hpcresume.pipeline.records import open_file, reading
 
 BLOCK_BYTES = 1 << 20
@@ -48,8 +48,8 @@ class Stream(Protocol):
         """Close the file."""
 
 
-class _Whole:
-    """A plain file, or a gzip file read from its start."""
+class _Plain:
+    """A plain file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.position = file, 0
@@ -140,18 +140,11 @@ def import_for(path: Path, module: str) -> Any:
 
 
 def open_stream(path: Path, restart: tuple[int, int] = (0, 0)) -> Stream:
-    """Open a file for reading from its start, or from a restart point of Zstandard."""
+    """Open a file for reading from its start, or where a frame or gzip member starts."""
     with reading(path):
         if path.suffix == ".zst":
             return _Zstd(path, restart)
-        raw = open_file(path)
-        return _Whole(raw if path.suffix != ".gz" else _owning_gzip(raw))
-
-
-def _owning_gzip(raw: IO[bytes]) -> Any:
-    file = gzip.GzipFile(fileobj=raw)
-    file.myfileobj = raw  # type: ignore[assignment]  # closed with it
-    return file
+        return MemberStream(path, restart) if path.suffix == ".gz" else _Plain(open_file(path))
 
 
 # The stream that this process read last, where the next chunk of the file may begin.
@@ -186,12 +179,16 @@ def open_at(
     """
     with reading(path):
         key = _identity(path)
-        stream = _take(key, offset, restart[1])
-        if stream is None and path.suffix == ".gz" and restarts is not None:
-            from hpcresume.pipeline.restarts import open_gzip_at
+        found = None
+        if path.suffix == ".gz" and restarts is not None and not _is_parked_at(key, offset):
+            from hpcresume.pipeline.restarts import place_before
 
-            stream = open_gzip_at(path, offset, size_bytes, restarts)
-        stream = stream or open_stream(path, restart)
+            found = place_before(path, offset, restarts)
+        stream = _take(key, offset, found.point.uncompressed if found else restart[1])
+        if stream is None:
+            stream = (
+                found.open(offset, offset + size_bytes) if found else open_stream(path, restart)
+            )
         try:
             _advance(stream, offset)
             yield stream
@@ -199,6 +196,10 @@ def open_at(
             stream.close()
             raise
     _park(key, stream)
+
+
+def _is_parked_at(key: tuple[Any, ...], offset: int) -> bool:
+    return any(found == key and stream.position == offset for found, stream in _parked)
 
 
 def _take(key: tuple[Any, ...], offset: int, nearest: int) -> Stream | None:
@@ -218,7 +219,7 @@ def _park(key: tuple[Any, ...], stream: Stream) -> None:
 
 
 def _advance(stream: Stream, offset: int) -> None:
-    if isinstance(stream, _Whole):
+    if isinstance(stream, _Plain):
         stream.seek(offset)
     while stream.position < offset:
         if not stream.read(min(BLOCK_BYTES, offset - stream.position)):

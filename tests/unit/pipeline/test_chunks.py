@@ -1,14 +1,16 @@
 """Chunks: ranges, reading in the middle, restart points, growth, files that are not right."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import itertools
 import json
 import os
 import random
+import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import zstandard
 import hpcresume as hr
 from hpcresume.errors import PipelineError, SourcesError
 from hpcresume.fs import POSIX
-from hpcresume.pipeline import chunk_formats
+from hpcresume.pipeline import chunk_formats, streams
+from hpcresume.pipeline import members as members_module
 from hpcresume.pipeline import restarts as restarts_module
+from hpcresume.pipeline.members import SPACING_MIN, Members, MemberStream, spacing_of
 from hpcresume.pipeline.payload import decode_payload, encode_payload
 from hpcresume.pipeline.restarts import PointsFooter, RestartStore, directory_of
 from hpcresume.pipeline.sources import as_sources
@@ -185,9 +189,9 @@ class Kept:
     def __init__(self, directory: Path) -> None:
         self.store, self.notes = RestartStore(POSIX, str(directory)), list[str]()
 
-    def restart_points(self, path: Path, size_bytes: int, digest: str) -> None:
-        if size_bytes > restarts_module.SPACING_MIN:
-            self.store.keep(path, digest)
+    def restart_points(self, path: Path, size_bytes: int, digest: str, members: Members) -> None:
+        if size_bytes > members_module.SPACING_MIN:
+            self.store.keep(path, digest, members)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -210,16 +214,34 @@ def gz(tmp_path: Path) -> Path:
     return path
 
 
-def test_gzip_files_are_read_from_restart_points(
-    gz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def bytes_read_by_process() -> int:
+    """Return how many bytes this process has read from files."""
+    text = Path("/proc/self/io").read_text()
+    return int(dict(line.split(": ") for line in text.splitlines())["rchar"])
+
+
+def from_kept(source: hr.Source, kept: Path) -> tuple[list[int], int]:
+    """Return the numbers of a chunk's rows, and how many bytes were read for the first one.
+
+    The stream that was read last is left aside.
+    """
+    chunk = decode_payload(encode_payload(source.payload), restarts=kept)
+    while streams._parked:
+        streams._parked.pop()[1].close()
+    before = bytes_read_by_process()
+    rows = iter(chunk)
+    first = next(rows)["n"]
+    return [first, *(row["n"] for row in rows)], bytes_read_by_process() - before
+
+
+def test_gzip_files_are_read_from_restart_points(gz: Path, tmp_path: Path) -> None:
     """With the kept points a chunk far down is read without what lies before it."""
     listed = list(hr.chunks(gz, rows=5000).listed(Kept(tmp_path / "kept")))
-    data = encode_payload(listed[-1].payload)
-    chunk = decode_payload(data, restarts=tmp_path / "kept")
-    monkeypatch.setattr(gzip, "GzipFile", None)
+    for _ in range(2):  # what is read to import indexed_gzip is not of the file
+        numbers, read_bytes = from_kept(listed[-1], tmp_path / "kept")
 
-    assert list(range(65_000, 70_000)) == [row["n"] for row in chunk]
+    assert list(range(65_000, 70_000)) == numbers
+    assert read_bytes < 0.4 * gz.stat().st_size
 
 
 def test_restart_points_are_found_once(gz: Path, tmp_path: Path) -> None:
@@ -266,17 +288,164 @@ def test_restart_points_take_little_and_lie_close(tmp_path: Path, rows: int) -> 
     assert share <= 0.008
 
 
-def test_small_gzip_members_have_no_restart_points(gz: Path, tmp_path: Path) -> None:
-    """Many joined into one file are read from its start, and give the same rows."""
-    rows, path = gzip.decompress(gz.read_bytes()), tmp_path / "members.jsonl.gz"
-    pieces = (rows[at : at + 60_000] for at in range(0, len(rows), 60_000))
-    path.write_bytes(b"".join(gzip.compress(piece, 1) for piece in pieces))
-    gaps, _ = restart_points_of(path, tmp_path / "kept")
-    last = list(hr.chunks(path, rows=5000))[-1].payload
-    chunk = decode_payload(encode_payload(last), restarts=tmp_path / "kept")
+def cut_into_members(data: bytes, sizes: Iterable[int]) -> bytes:
+    """Return data as gzip members of given sizes, and the rest as one more."""
+    members, at = [], 0
+    for size in sizes:
+        members.append(gzip.compress(data[at : at + size], 1))
+        at += size
+    return b"".join([*members, gzip.compress(data[at:], 1)])
 
-    assert [len(rows)] == gaps
-    assert list(range(65_000, 70_000)) == [row["n"] for row in chunk]
+
+SHAPES: dict[str, list[int]] = {
+    "bgzip": [60_000] * 300,
+    "two large": [7_000_000],
+    "large, then small": [6_000_000, *[60_000] * 200],
+    "small, then large": [60_000] * 120,
+    "in turn": [60_000, 30_000, 5_000_000, *[60_000] * 40, 5_500_000, 1_000, 0],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_are_read_from_members(gz: Path, tmp_path: Path, shape: str) -> None:
+    """Members of all sizes: no chunk is read from more than about 8 MiB before it."""
+    data, kept = gzip.decompress(gz.read_bytes()), tmp_path / "kept"
+    path = tmp_path / "members.jsonl.gz"
+    path.write_bytes(cut_into_members(data, SHAPES[shape]))
+    gaps, share = restart_points_of(path, kept)
+    listed = list(hr.chunks(path, rows=5000).listed(Kept(kept)))
+    found = [from_kept(source, kept) for source in listed]
+
+    assert list(range(70_000)) == [n for numbers, _ in found for n in numbers]
+    assert max(gaps) < 2 * SPACING_MIN
+    assert share <= 0.008
+    assert max(read_bytes for _, read_bytes in found[1:]) < 0.7 * path.stat().st_size
+    assert found[-1][1] < 0.45 * path.stat().st_size
+
+
+def test_payloads_do_not_know_of_members(gz: Path, tmp_path: Path) -> None:
+    """Where reading begins is not part of a source, so that a run goes on with what it has."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(gzip.decompress(gz.read_bytes()))
+    plain = list(hr.chunks(path, rows=5000))
+    gz.write_bytes(cut_into_members(path.read_bytes(), SHAPES["in turn"]))
+    listed = list(hr.chunks(gz, rows=5000))
+
+    for one, other in zip(plain, listed, strict=True):
+        same = dataclasses.replace(other.payload, path=path, id=one.id)
+        assert encode_payload(one.payload) == encode_payload(same)
+
+
+def test_many_small_members_need_no_index(
+    gz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their starts are known when the file is listed: it is not read a second time."""
+    gz.write_bytes(cut_into_members(gzip.decompress(gz.read_bytes()), SHAPES["bgzip"]))
+    monkeypatch.setattr(restarts_module, "_export", None)
+    gaps, _ = restart_points_of(gz, tmp_path / "kept")
+
+    assert 4 == len(gaps)
+    assert max(gaps) < SPACING_MIN + 60_000
+
+
+def publish_windows_only(path: Path, kept: Path) -> None:
+    """Publish a file's restart points as versions did that knew nothing of members."""
+    listed = chunk_formats.Listed()
+    list(chunk_formats.LISTERS["jsonl"](path, 5000, listed))
+    members = Members(longest_bytes=sys.maxsize)
+    RestartStore(POSIX, str(kept)).keep(path, listed.digest, members)
+
+
+@pytest.fixture
+def close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restart points that lie 64 KiB apart."""
+    monkeypatch.setattr(members_module, "SPACING_MIN", 1 << 16)
+
+
+@pytest.mark.usefixtures("close")
+@pytest.mark.parametrize(
+    ("shape", "files"),
+    [([], 1), ([600_000], 2), ([3_000] * 300, 2), ([400_000, *[3_000] * 90, 300_000, 3_000], 2)],
+    ids=["one", "two large", "bgzip", "mixed"],
+)
+def test_points_of_earlier_versions_are_read(tmp_path: Path, shape: list[int], files: int) -> None:
+    """A run goes on with what it has; the next listing adds the members where there are some."""
+    path, kept = tmp_path / "in.jsonl.gz", tmp_path / "kept"
+    long_lines(path, 6000)
+    path.write_bytes(cut_into_members(gzip.decompress(path.read_bytes()), shape))
+    publish_windows_only(path, kept)
+    listed = list(hr.chunks(path, rows=500))
+    for _ in range(2):
+        found = [n for source in listed for n in from_kept(source, kept)[0]]
+        assert list(range(6000)) == found
+        assert listed == list(hr.chunks(path, rows=500).listed(Kept(kept)))
+    assert files == len(os.listdir(directory_of(kept, path)))
+
+
+@pytest.mark.usefixtures("close")
+def test_a_long_chunk_leaves_a_large_member_for_small_ones(tmp_path: Path) -> None:
+    """What it has read is not read again, though small members have no points within."""
+    path, kept = tmp_path / "in.jsonl.gz", tmp_path / "kept"
+    long_lines(path, 12_000)
+    sizes = [300_000, *[3_000] * 700]
+    path.write_bytes(cut_into_members(gzip.decompress(path.read_bytes()), sizes))
+    list(hr.chunks(path, rows=1000).listed(Kept(kept)))
+    for _ in range(2):  # what is read to import indexed_gzip is not of the file
+        before = bytes_read_by_process()
+        with streams.open_at(path, 200_000, 2_000_000, restarts=kept) as stream:
+            while stream.position < 2_000_000:
+                assert stream.read(50_000)
+        read_bytes = bytes_read_by_process() - before
+        streams._parked.pop()[1].close()
+
+    # indexed_gzip reads 1 MiB at once.
+    assert read_bytes < 4 * path.stat().st_size
+
+
+@pytest.mark.usefixtures("close")
+@pytest.mark.parametrize("seed", range(6))
+def test_random_members_and_chunks(tmp_path: Path, seed: int) -> None:
+    """Members and chunks of any size, read in any order, give what the whole file holds."""
+    rng = random.Random(seed)
+    path, kept = tmp_path / "in.jsonl.gz", tmp_path / "kept"
+    lines = [b'{"n": %d, "x": "%s"}\n' % (n, rng.randbytes(60).hex().encode()) for n in range(9000)]
+    sizes = [rng.choice([0, 1, 500, 20_000, 70_000, 300_000]) for _ in range(25)]
+    path.write_bytes(cut_into_members(b"".join(lines), sizes))
+    listed = list(hr.chunks(path, rows=rng.choice([7, 150, 1000])).listed(Kept(kept)))
+    for source in rng.choices(listed, k=60):
+        chunk = decode_payload(encode_payload(source.payload), restarts=kept)
+        assert list(range(chunk.first, chunk.first + chunk.count)) == [row["n"] for row in chunk]
+
+
+@pytest.mark.parametrize(
+    ("tail", "whole"),
+    [(b"\0" * 700, True), (b"\0" * 40_000, True), (b"\n", False), (b"\0\0text\n" * 9, False)],
+    ids=["zeros", "many zeros", "line end", "text"],
+)
+def test_what_follows_the_last_member(tmp_path: Path, tail: bytes, whole: bool) -> None:
+    """Zeros are no content, also between members; anything else is refused."""
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b"1\n") + b"\0" * 50_000 + gzip.compress(b"2\n") + tail)
+    if whole:
+        assert [[1], [2]] == [read(s) for s in hr.chunks(path, rows=1)]
+    else:
+        with pytest.raises(SourcesError, match=r"in\.jsonl\.gz"):
+            list(hr.chunks(path, rows=1))
+
+
+def test_a_member_that_expands_a_thousandfold(tmp_path: Path) -> None:
+    """It is decompressed piece by piece."""
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * 30_000_000 + b"1\n"))
+    tracemalloc.start()
+    stream = MemberStream(path)
+    total = sum(map(len, iter(lambda: stream.read(1 << 16), b"")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    stream.close()
+
+    assert 30_000_002 == total == stream.members.longest_bytes
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -287,7 +456,7 @@ def test_the_distance_of_restart_points_grows_with_the_file(
     size_bytes: int, apart_mib: int
 ) -> None:
     """A thousandth of the file, within 4 and 32 MiB: the points of a large one stay few."""
-    assert apart_mib << 20 == restarts_module.spacing_of(size_bytes)
+    assert apart_mib << 20 == spacing_of(size_bytes)
 
 
 def test_chunks_in_a_row_decompress_the_file_once(
@@ -296,13 +465,28 @@ def test_chunks_in_a_row_decompress_the_file_once(
     """A worker that reads one chunk after another goes on where it was."""
     listed = list(hr.chunks(gz, rows=10_000))
     opened: list[Any] = []
-    real = gzip.GzipFile
-    monkeypatch.setattr(gzip, "GzipFile", lambda **k: opened.append(k) or real(**k))
+    real = streams.MemberStream
+    monkeypatch.setattr(streams, "MemberStream", lambda *a: opened.append(a) or real(*a))
     for source in listed:
         assert 10_000 == len(read(source))
     assert 1 == len(opened)
     read(listed[0])
     assert 2 == len(opened)
+
+
+def test_a_worker_that_goes_far_ahead_begins_at_a_restart_point(gz: Path, tmp_path: Path) -> None:
+    """It does not read on from where it was, if a point lies nearer."""
+    gz.write_bytes(cut_into_members(gzip.decompress(gz.read_bytes()), SHAPES["bgzip"]))
+    listed = list(hr.chunks(gz, rows=5000).listed(Kept(tmp_path / "kept")))
+    first, last = (
+        decode_payload(encode_payload(listed[n].payload), restarts=tmp_path / "kept")
+        for n in (0, -1)
+    )
+    assert 5000 == len(list(first))
+    before = bytes_read_by_process()
+    assert 5000 == len(list(last))
+
+    assert bytes_read_by_process() - before < 0.4 * gz.stat().st_size
 
 
 def test_zstandard_is_read_from_frames(tmp_path: Path) -> None:
