@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, Protocol
@@ -273,6 +274,9 @@ class BlobFile:
     one sync, not many.  Who has seen blobs that fill a file, up to
     :data:`~hpcresume.segment.frame.BLOB_FILE_BYTES`, knows that no other one comes.
 
+    Threads may share it: of async stages that run in the driver, both the event loop's thread
+    and the driver's own make frames.
+
     Args:
         directory: Node-local directory.
     """
@@ -281,6 +285,7 @@ class BlobFile:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._name, self._end = "", 0
+        self._lock = threading.Lock()
 
     def append(self, pieces: Iterable[bytes]) -> Place:
         """Write a blob's bytes and return where they are.
@@ -290,6 +295,10 @@ class BlobFile:
         Raises:
             LocalStorageError: The disk refused; nothing of the blob is left.
         """
+        with self._lock:
+            return self._append(pieces)
+
+    def _append(self, pieces: Iterable[bytes]) -> Place:
         start, crc = 0, 0
         try:
             file = self._open()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,7 @@ from hpcresume.ids import ItemPath
 from hpcresume.segment.frame import Blob, blob_of, decode_frame
 from hpcresume.segment.parquet_footer import whole
 from hpcresume.sinks import packing
-from hpcresume.sinks.packing import JsonlPacker, Packed, ParquetPacker
+from hpcresume.sinks.packing import BlobFile, JsonlPacker, Packed, ParquetPacker, Place
 from hpcresume.sinks.parquet import read_table, table_lines
 
 
@@ -66,6 +68,25 @@ def test_blobs_follow_each_other_in_a_file_until_it_is_full(tmp_path: Path, monk
     assert [0, 6, 0, 8, 17] == [blob.offset for blob in blobs]
     assert 2 == len({blob.file for blob in blobs}) == len(os.listdir(tmp_path))
     assert [b'"x"\n1\n', b'"xxx"\n3\n'] == [bytes_of(tmp_path, blobs[n]) for n in (0, 2)]
+
+
+def test_blobs_of_two_threads_do_not_mix(tmp_path: Path) -> None:
+    """Nothing comes between the pieces of a blob."""
+    file, places = BlobFile(str(tmp_path)), list[Place]()
+    other = threading.Thread(target=lambda: places.append(file.append([b"other"])))
+
+    def pieces() -> Iterator[bytes]:
+        yield b"one "
+        other.start()
+        other.join(0.2)
+        yield b"blob"
+
+    places.append(file.append(pieces()))
+    other.join()
+    data = (tmp_path / places[0].file).read_bytes()
+    found = [data[place.offset : place.offset + place.length] for place in places]
+    assert [b"one blob", b"other"] == found
+    assert list(map(google_crc32c.value, found)) == [place.crc for place in places]
 
 
 def test_a_disk_that_fills_up_leaves_the_blobs_before(tmp_path: Path, monkeypatch) -> None:
