@@ -299,17 +299,21 @@ class BlobFile:
             return self._append(pieces)
 
     def _append(self, pieces: Iterable[bytes]) -> Place:
-        start, crc = 0, 0
+        if self._end >= BLOB_FILE_BYTES:
+            self.close()
+        start, crc = self._end, 0
         try:
-            file = self._open()
-            start = self._end
+            file = self._file or self._open()
             for piece in pieces:
                 crc = google_crc32c.extend(crc, piece)
                 _write_all(file, piece)
                 self._end += len(piece)
-        except OSError as error:
+        except BaseException as error:
+            # However far it came: what the next blob says of its place must be true.
             path = os.path.join(self._directory, self._name)
             self._give_up(path, start)
+            if not isinstance(error, OSError):
+                raise
             raise LocalStorageError(
                 f"the node-local disk refused {path}: {error.strerror or error}. It is full or "
                 "failing. What was committed is published and this task stops. "
@@ -319,16 +323,13 @@ class BlobFile:
         return Place(self._name, start, self._end - start, crc)
 
     def _open(self) -> IO[bytes]:
-        if self._file is not None and self._end < BLOB_FILE_BYTES:
-            return self._file
-        self.close()
-        self._name, self._end = secrets.token_hex(8), 0
+        self._name = secrets.token_hex(8)
         path = os.path.join(self._directory, self._name)
         self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115  # kept open
         return self._file
 
     def _give_up(self, path: str, end: int) -> None:
-        """Leave a file that was refused, with the blobs that it held before."""
+        """Leave a file that holds half a blob, with those that it held before."""
         with contextlib.suppress(OSError):
             if end:
                 os.truncate(path, end)
@@ -338,9 +339,11 @@ class BlobFile:
 
     def close(self) -> None:
         """Close the file; the next blob begins another one."""
-        if self._file is not None:
-            self._file.close()
-        self._file, self._end = None, 0
+        file, self._file, self._name, self._end = self._file, None, "", 0
+        if file is not None:
+            # What the disk did not take, the sync before the commit says, too.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:

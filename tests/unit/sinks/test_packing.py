@@ -109,6 +109,50 @@ def test_a_disk_that_fills_up_leaves_the_blobs_before(tmp_path: Path, monkeypatc
     assert (b"2\n", True) == (bytes_of(tmp_path, second), first.file != second.file)
 
 
+def test_a_blob_that_is_broken_off_does_not_move_those_after_it(tmp_path: Path) -> None:
+    """Whatever ends it midway, a blob of later lies where it is said to."""
+    file = BlobFile(str(tmp_path))
+    first = file.append([b"first"])
+    raw = file._file
+
+    class Interrupted:
+        """A file whose writing is done when it is told to stop."""
+
+        def write(self, data: bytes) -> int:
+            raw.write(data)
+            raise MemoryError
+
+        def close(self) -> None:
+            raw.close()
+
+    file._file = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        file.append([b"half"])
+    second = file.append([b"second"])
+    for place, blob in ((first, b"first"), (second, b"second")):
+        data = (tmp_path / place.file).read_bytes()
+        assert blob == data[place.offset : place.offset + place.length]
+
+
+def test_a_full_file_that_does_not_close_well_stays(tmp_path: Path, monkeypatch) -> None:
+    """Its blobs are committed, or about to be; what is wrong with it the sync says."""
+    monkeypatch.setattr(packing, "BLOB_FILE_BYTES", 1)
+    file = BlobFile(str(tmp_path))
+    first = file.append([b"first"])
+
+    class Failing:
+        """A file whose close tells of an error."""
+
+        def close(self) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file._file = Failing()  # type: ignore[assignment]
+    second = file.append([b"second"])
+    assert [b"first", b"second"] == [
+        (tmp_path / place.file).read_bytes() for place in (first, second)
+    ]
+
+
 def test_dicts_arrays_and_tables_become_columns(tmp_path: Path) -> None:
     """Dicts, numpy values, batches and tables come back as rows; a batch counts as its rows."""
     packer = ParquetPacker({"n": "int64", "v": pa.list_(pa.float32())}, str(tmp_path))
