@@ -128,17 +128,18 @@ class _File(msgspec.Struct):
     """What is known of a node-local file of blobs.
 
     Attributes:
-        blobs: Length of each committed blob, by where it begins.
+        end: Where the last of its committed blobs ends.
+        size_bytes: Bytes of all that are committed; there may be very many of them.
         last: Sequence number of the last commit that names one.
     """
 
-    blobs: dict[int, int] = msgspec.field(default_factory=dict)
+    end: int = 0
+    size_bytes: int = 0
     last: int = 0
 
     def is_whole(self) -> bool:
         """Tell whether every blob that it will ever hold is committed."""
-        end = max(offset + length for offset, length in self.blobs.items())
-        return end >= BLOB_FILE_BYTES and end == sum(self.blobs.values())
+        return self.end >= BLOB_FILE_BYTES and self.end == self.size_bytes
 
 
 class BlobFiles:
@@ -155,7 +156,8 @@ class BlobFiles:
         """Note the blobs of a commit."""
         for blob in blobs:
             file = self._files.setdefault(blob.path, _File())
-            file.blobs[blob.offset] = blob.length
+            file.end = max(file.end, blob.offset + blob.length)
+            file.size_bytes += blob.length
             file.last = sequence
 
     def release(self, last: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -234,6 +235,18 @@ def test_a_file_of_blobs_stays_while_a_blob_of_it_may_be_needed(tmp_path: Path) 
     assert left((2, 20, full), release=2), "another one lies between them"
     assert left((3, 10, 10), release=2), "the last commit is not published"
     assert not left(release=3)
+
+
+def test_many_small_blobs_take_no_memory(tmp_path: Path) -> None:
+    """A stage that answers a short row at a time fills a file with tens of thousands of blobs."""
+    files = parts.BlobFiles()
+    tracemalloc.start()
+    try:
+        for n in range(10_000):
+            files.committed(n, [parts.StoredBlob(str(tmp_path), 100 * n, 100)])
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_inferred_schema_is_told_once(sim: PartsAttempt) -> None:
