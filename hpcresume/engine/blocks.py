@@ -95,12 +95,20 @@ def in_blocks(items: Sequence[Any]) -> Blocks | None:
     if len(items) < _WORTH_IT or not _are_plain(items):
         return None
     size = min(_ITEMS, _BYTES // len(pickle.dumps(items[0], protocol=5)))
-    if size < _WORTH_IT:
-        return None
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    return Blocks(
-        [_Block(pickle.dumps(part, protocol=5), len(part), 0, len(part)) for part in parts]
-    )
+    parts: list[_Block] = []
+    start = 0
+    while start < len(items):
+        if size < _WORTH_IT:
+            return None
+        part = items[start : start + size]
+        data = pickle.dumps(part, protocol=5)
+        if len(data) > 2 * _BYTES:
+            # Whoever gets one of its items gets all: a few large ones are not to travel along.
+            size = len(part) * _BYTES // len(data)
+            continue
+        parts.append(_Block(data, len(part), 0, len(part)))
+        start += len(part)
+    return Blocks(parts)
 
 
 def _are_plain(items: Sequence[Any]) -> bool:

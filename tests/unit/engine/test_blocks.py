@@ -98,13 +98,23 @@ def test_a_cut_counts_the_bytes_of_its_items() -> None:
         [SHARED] * 10,
         [bytearray(b"x")] * 10,
         ["x" * 8000] * 10,
+        ["x", *(f"{n:08000}" for n in range(100))],
     ],
     ids=["none", "few", "subclass", "nested", "inner-subclass", "key", "mixed", "same", "other",
-         "large"],
+         "large", "large after a small one"],
 )  # fmt: skip
 def test_others_go_singly(items: list[Any]) -> None:
     """What is not plain throughout, belongs to two items or is large is in no block."""
     assert blocks.in_blocks(items) is None
+
+
+def test_items_of_uneven_size_take_few_others_along() -> None:
+    """However small the first one is: an item does not travel with hundreds of kilobytes."""
+    items = [f"{n:0{n}d}" for n in range(2000)]
+    whole = blocks.in_blocks(items)
+    assert isinstance(whole, blocks.Blocks)
+    assert max(len(pickle.dumps(whole[n : n + 1])) for n in range(2000)) < 40_000
+    assert items == whole.load()
 
 
 def _two(case: ChainCase, first: Any, second: Any, payloads: list[Any]) -> tuple[Any, Any]:
