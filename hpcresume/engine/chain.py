@@ -130,6 +130,7 @@ class ChainPlace:
         on_error: Called with every exception of the user's code that fails a source, while
             its frames are there to be looked at.
         restarts: Directory of the run's restart points; None: there are none.
+        writer: Group, index and start of the worker, for the names of its blobs.
     """
 
     run_id: str
@@ -141,6 +142,7 @@ class ChainPlace:
     parts: str = ""
     on_error: Callable[[BaseException], None] | None = None
     restarts: Path | None = None
+    writer: str = ""
 
 
 class Chain:
@@ -164,7 +166,7 @@ class Chain:
             if stage.traits.is_async
         }
         self.running = Running(place.mark)
-        self.packer = make_packer(pipeline.sink, place.parts)
+        self.packer = make_packer(pipeline.sink, place.parts, place.writer)
         self._peak_mib, self._peak_until = 0, 0.0
 
     def peak_mib(self, now: float) -> int:

@@ -11,12 +11,13 @@ from hpcresume.sinks.packing import JsonlPacker, Packed, Packer, ParquetPacker, 
 from hpcresume.sinks.parquet import require_pyarrow
 
 
-def make_packer(sink: Sink | None, parts: str) -> Packer:
+def make_packer(sink: Sink | None, parts: str, writer: str = "") -> Packer:
     """Return what packs a sink's rows in the worker that made them.
 
     Args:
         sink: The pipeline's sink.
         parts: Node-local directory for blobs; unused where rows stay in their frames.
+        writer: The worker, as blobs name it.
 
     Raises:
         ConfigError: Parquet is asked for and pyarrow is not installed.
@@ -24,9 +25,9 @@ def make_packer(sink: Sink | None, parts: str) -> Packer:
     if sink is None or isinstance(sink, Rows):
         return RowsPacker()
     if sink.format == "jsonl":
-        return JsonlPacker(parts)
+        return JsonlPacker(parts, writer)
     require_pyarrow("write parts of Parquet")
-    return ParquetPacker(sink.schema, parts)
+    return ParquetPacker(sink.schema, parts, writer)
 
 
 def make_driver_packer(sink: Sink | None, parts: str) -> Packer:

@@ -182,6 +182,7 @@ class InlinePool:
             seconds_left=self._seconds_left,
             on_error=self._on_error,
             restarts=self._restarts,
+            writer=f"{worker.group}-{worker.index}-{worker.start}",
         )
         chain = Chain(self._pipeline, first=group.first, stages=group.stages, place=place)
         try:

@@ -38,7 +38,8 @@ class WorkerSetup:
         scratch: Node-local directory of the attempt.
         outputs: Node-local root for files of ``ctx.output``.
         parts: Node-local directory for blobs of ``hr.Parts``.
-        mark: Path of the worker's mark; next to it, ``.fault`` holds its last words.
+        mark: Path of the worker's mark, named by group, index and start; next to it, ``.fault``
+            holds its last words.
         local: Node-local directory of the attempt, where its deadline stands.
         restarts: Directory of the run's restart points; None: there are none.
     """
@@ -106,6 +107,7 @@ class StageWorker:
             seconds_left=self._seconds_left,
             mark=Mark(setup.mark),
             restarts=None if setup.restarts is None else Path(setup.restarts),
+            writer=os.path.basename(setup.mark),
         )
         stages = pipeline.stages[setup.first : setup.first + setup.count]
         return Chain(pipeline, first=setup.first, stages=stages, place=place)

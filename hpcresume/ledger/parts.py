@@ -131,8 +131,12 @@ class _File(msgspec.Struct):
         end: Where the last of its committed blobs ends.
         size_bytes: Bytes of all that are committed; there may be very many of them.
         last: Sequence number of the last commit that names one.
+        worker: Whose it is, by group and index; empty where nothing starts again.
+        start: Which start of that worker wrote it.
     """
 
+    worker: str
+    start: int
     end: int = 0
     size_bytes: int = 0
     last: int = 0
@@ -146,24 +150,33 @@ class BlobFiles:
     """The node-local files of blobs, and which of them are needed no more.
 
     A file goes when it takes no further blob and the commits of all that it holds are
-    published; what is left goes with the attempt's directory.
+    published; what is left goes with the attempt's directory.  What a worker that died, or was
+    broken, had not answered is done again: its files take none once its successor has answered.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, _File] = {}
+        self._starts: dict[str, int] = {}
 
     def committed(self, sequence: int, blobs: Iterable[StoredBlob]) -> None:
         """Note the blobs of a commit."""
         for blob in blobs:
-            file = self._files.setdefault(blob.path, _File())
+            file = self._files.get(blob.path) or self._new(blob.path)
             file.end = max(file.end, blob.offset + blob.length)
             file.size_bytes += blob.length
             file.last = sequence
 
+    def _new(self, path: str) -> _File:
+        worker, _, start = os.path.basename(path).rpartition("-")[0].rpartition("-")
+        file = self._files[path] = _File(worker, int(start or 0))
+        self._starts[worker] = max(file.start, self._starts.get(worker, 0))
+        return file
+
     def release(self, last: int) -> None:
         """Remove what only commits up to ``last`` need; they are published."""
         for path, file in list(self._files.items()):
-            if file.last <= last and file.is_whole():
+            is_left = file.start < self._starts[file.worker]
+            if file.last <= last and (is_left or file.is_whole()):
                 del self._files[path]
                 # The attempt's directory is removed at its end in any case.
                 with contextlib.suppress(OSError):

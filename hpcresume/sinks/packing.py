@@ -143,12 +143,13 @@ class JsonlPacker(RowsPacker):
 
     Args:
         directory: Node-local directory for blobs.
+        writer: As of :class:`BlobFile`.
     """
 
     frame_bytes = 16 << 20
 
-    def __init__(self, directory: str) -> None:
-        self._file = BlobFile(directory)
+    def __init__(self, directory: str, writer: str = "") -> None:
+        self._file = BlobFile(directory, writer)
 
     def _build(self, frame: FrameBuilder) -> bytes:
         if not frame.rows:
@@ -164,12 +165,13 @@ class ParquetPacker:
         schema: A ``pyarrow.Schema``, or a dict of column and type; None: as the first rows
             of this attempt have it.
         directory: Node-local directory for blobs and for that schema.
+        writer: As of :class:`BlobFile`.
     """
 
     frame_bytes = 16 << 20
 
-    def __init__(self, schema: Any, directory: str) -> None:
-        self._directory, self._file = directory, BlobFile(directory)
+    def __init__(self, schema: Any, directory: str, writer: str = "") -> None:
+        self._directory, self._file = directory, BlobFile(directory, writer)
         self._schema = _as_schema(schema)
         self._is_given = schema is not None
 
@@ -279,10 +281,12 @@ class BlobFile:
 
     Args:
         directory: Node-local directory.
+        writer: Group, index and start of the worker, as ``0-3-2``, for the names of its files:
+            those of an earlier start take no further blob; empty where nothing starts again.
     """
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: str, writer: str = "") -> None:
+        self._directory, self._prefix = directory, f"{writer}-" if writer else ""
         self._file: IO[bytes] | None = None
         self._name, self._end = "", 0
         self._lock = threading.Lock()
@@ -323,7 +327,7 @@ class BlobFile:
         return Place(self._name, start, self._end - start, crc)
 
     def _open(self) -> IO[bytes]:
-        self._name = secrets.token_hex(8)
+        self._name = self._prefix + secrets.token_hex(8)
         path = os.path.join(self._directory, self._name)
         self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115  # kept open
         return self._file

@@ -17,6 +17,7 @@ from hpcresume.engine.executor import Executor, Limits
 from hpcresume.engine.groups import make_groups
 from hpcresume.engine.pool import Finished, InlinePool, Started, WorkerRef
 from hpcresume.pipeline.sources import encode_payload
+from hpcresume.segment.frame import blob_of
 from tests.unit.engine.pools import ListFeed, Outcomes
 
 DEADLINE_S = 20
@@ -209,6 +210,33 @@ def test_large_rows_are_told_in_several_frames(tmp_path: Path) -> None:
     release.set()
     assert [6] == finished(pool, 1)
     pool.close(DEADLINE_S)
+
+
+def test_blobs_say_which_start_of_a_worker_wrote_them(tmp_path: Path) -> None:
+    """By the names of their files it is known which of them take no more."""
+    broken = []
+
+    def work(source: int) -> Any:
+        if source == 5 and not broken:
+            broken.append(source)
+            return hr.WorkerBroken("once")
+        return source
+
+    class Names(Outcomes):
+        def completed(self, frame: bytes, sources: int) -> None:
+            files.append(blob_of(frame, what="test").file)
+
+    files: list[str] = []
+    pipeline = hr.Pipeline("p", ["unused"], [work], sink=hr.Parts("jsonl"))
+    groups = make_groups(pipeline.stages, cpus=1)
+    pool = InlinePool(
+        pipeline, groups, run_id="run", scratch=tmp_path, outputs=None, seconds_left=lambda: None,
+        parts=str(tmp_path),
+    )  # fmt: skip
+    executor = Executor(groups, pool, ListFeed(list(range(9))), Names(), Limits(chunk_max=1))
+    executor.start()
+    assert executor.run(lambda: True)
+    assert ["0-0-1", "0-0-2"] == sorted({name.rpartition("-")[0] for name in files})
 
 
 def test_calls_that_begin_after_their_worker_was_retired(

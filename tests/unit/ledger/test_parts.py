@@ -237,6 +237,24 @@ def test_a_file_of_blobs_stays_while_a_blob_of_it_may_be_needed(tmp_path: Path) 
     assert not left(release=3)
 
 
+def test_the_files_of_a_dead_worker_go_once_its_successor_has_answered(tmp_path: Path) -> None:
+    """Deaths leave files that will never be full: their disk is not kept until the attempt ends."""
+    files = parts.BlobFiles()
+    paths = dead, other, next_ = [tmp_path / f"0-{name}-ab12" for name in ("12-1", "2-1", "12-2")]
+
+    def left(*committed: Path, release: int) -> list[Path]:
+        for sequence, path in enumerate(committed, release + 1):
+            path.touch()
+            files.committed(sequence, [parts.StoredBlob(str(path), 0, 10)])
+        files.release(release)
+        return [path for path in paths if path.exists()]
+
+    assert [dead, other] == left(dead, other, release=0)
+    assert [dead, other] == left(release=2), "its worker may be alive"
+    assert [other, next_] == left(next_, release=2)
+    assert [other, next_] == left(release=3), "their workers may add to them"
+
+
 def test_many_small_blobs_take_no_memory(tmp_path: Path) -> None:
     """A stage that answers a short row at a time fills a file with tens of thousands of blobs."""
     files = parts.BlobFiles()
