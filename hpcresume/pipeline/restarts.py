@@ -164,15 +164,15 @@ class Place(msgspec.Struct, frozen=True):
         """Whether a gzip member starts there."""
         return self.container.blocks[self.number].length == 0
 
-    def open(self, offset: int, end: int) -> Stream:
-        """Open the file to be read from an offset soon after this one up to another, or on.
+    def open(self, offset: int) -> Stream:
+        """Open the file to be read from an offset soon after this one.
 
         Raises:
             CorruptDataError: The point's window is damaged.
         """
         if self.is_member:
             return MemberStream(self.path, (self.point.compressed, self.point.uncompressed))
-        return _WindowStream(self, offset, end)
+        return _WindowStream(self, offset)
 
     def next_member(self) -> Place | None:
         """Return the next point where a member starts."""
@@ -201,7 +201,7 @@ def place_before(path: Path, offset: int, restarts: Path) -> Place | None:
 class _WindowStream:
     """A gzip file from within a member up to the next point at a member's start, and on."""
 
-    def __init__(self, place: Place, offset: int, end: int) -> None:
+    def __init__(self, place: Place, offset: int) -> None:
         spacing = place.container.footer.spacing
         window = place.container.read_block(place.number)
         index = _index_of(place.point, window, place.path, spacing)
@@ -211,14 +211,15 @@ class _WindowStream:
         self._file = module.indexed_gzip._IndexedGzipFile(fileobj=self._raw, spacing=spacing)
         self._file.import_index(fileobj=io.BytesIO(index))
         self._file.seek(offset)
-        self.position, self._end, self._piece = offset, end, 2 * spacing
+        self.position = self._end = offset
+        self._piece = 2 * spacing
         self._ready = memoryview(b"")
         self._next = place.next_member()
         self._rest: Stream | None = None
 
     def read(self, size: int) -> bytes:
         if self._next and self.position == self._next.point.uncompressed:
-            self._rest, self._next = self._next.open(self.position, self._end), None
+            self._rest, self._next = self._next.open(self.position), None
         data = self._rest.read(size) if self._rest else self._read_member(size)
         self.position += len(data)
         return data
@@ -235,6 +236,9 @@ class _WindowStream:
     def restart_before(self, offset: int) -> tuple[int, int]:
         del offset
         return (0, 0)
+
+    def expect(self, end: int) -> None:
+        self._end = end
 
     def close(self) -> None:
         self._file.close()

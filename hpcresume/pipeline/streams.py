@@ -44,6 +44,9 @@ class Stream(Protocol):
             Compressed and uncompressed offset.
         """
 
+    def expect(self, end: int) -> None:
+        """Know that it will be read up to an uncompressed offset."""
+
     def close(self) -> None:
         """Close the file."""
 
@@ -66,6 +69,9 @@ class _Plain:
     def restart_before(self, offset: int) -> tuple[int, int]:
         del offset
         return (0, 0)
+
+    def expect(self, end: int) -> None:
+        del end
 
     def close(self) -> None:
         self._file.close()
@@ -116,6 +122,9 @@ class _Zstd:
         while len(frames) > 1 and frames[1][1] <= offset:
             frames.pop(0)
         return frames[0] if frames else (0, 0)
+
+    def expect(self, end: int) -> None:
+        del end
 
     def close(self) -> None:
         self._file.close()
@@ -186,9 +195,8 @@ def open_at(
             found = place_before(path, offset, restarts)
         stream = _take(key, offset, found.point.uncompressed if found else restart[1])
         if stream is None:
-            stream = (
-                found.open(offset, offset + size_bytes) if found else open_stream(path, restart)
-            )
+            stream = found.open(offset) if found else open_stream(path, restart)
+        stream.expect(offset + size_bytes)
         try:
             _advance(stream, offset)
             yield stream

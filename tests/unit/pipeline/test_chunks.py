@@ -402,6 +402,20 @@ def test_a_long_chunk_leaves_a_large_member_for_small_ones(tmp_path: Path) -> No
     assert read_bytes < 4 * path.stat().st_size
 
 
+def test_chunks_that_follow_each_other_are_read_as_one(gz: Path, tmp_path: Path) -> None:
+    """The second one is read in as few pieces: each begins at a restart point again."""
+    kept, size = tmp_path / "kept", 4 << 20
+    list(hr.chunks(gz, rows=5000).listed(Kept(kept)))
+    took = []
+    for offset in (size, size + 500_000, 2 * size + 500_000):  # the first one imports
+        before = bytes_read_by_process()
+        with streams.open_at(gz, offset, size, restarts=kept) as stream:
+            while stream.position < offset + size:
+                assert stream.read(1 << 20)
+        took.append(bytes_read_by_process() - before)
+    assert took[2] < 1.5 * took[1]
+
+
 @pytest.mark.usefixtures("close")
 @pytest.mark.parametrize("seed", range(6))
 def test_random_members_and_chunks(tmp_path: Path, seed: int) -> None:
