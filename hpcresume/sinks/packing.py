@@ -288,7 +288,7 @@ class BlobFile:
     def __init__(self, directory: str, writer: str = "") -> None:
         self._directory, self._prefix = directory, f"{writer}-" if writer else ""
         self._file: IO[bytes] | None = None
-        self._name, self._end = "", 0
+        self._name, self._end, self._pid = "", 0, os.getpid()
         self._lock = threading.Lock()
 
     def append(self, pieces: Iterable[bytes]) -> Place:
@@ -303,7 +303,8 @@ class BlobFile:
             return self._append(pieces)
 
     def _append(self, pieces: Iterable[bytes]) -> Place:
-        if self._end >= BLOB_FILE_BYTES:
+        if self._end >= BLOB_FILE_BYTES or self._pid != os.getpid():
+            # A process that a stage forked, and that comes back from it, has the same file.
             self.close()
         start, crc = self._end, 0
         try:
@@ -327,6 +328,7 @@ class BlobFile:
         return Place(self._name, start, self._end - start, crc)
 
     def _open(self) -> IO[bytes]:
+        self._pid = os.getpid()
         self._name = self._prefix + secrets.token_hex(8)
         path = os.path.join(self._directory, self._name)
         self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115  # kept open

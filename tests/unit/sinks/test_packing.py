@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -87,6 +88,22 @@ def test_blobs_of_two_threads_do_not_mix(tmp_path: Path) -> None:
     found = [data[place.offset : place.offset + place.length] for place in places]
     assert [b"one blob", b"other"] == found
     assert list(map(google_crc32c.value, found)) == [place.crc for place in places]
+
+
+def test_a_forked_process_does_not_write_between_the_blobs(tmp_path: Path) -> None:
+    """A stage's child that raises comes back into the worker's code; its parent goes on."""
+    file = BlobFile(str(tmp_path))
+    first = file.append([b"first"])
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            file.append([b"child's"])
+        os._exit(0)
+    os.waitpid(child, 0)
+    second = file.append([b"second"])
+    assert first.file == second.file
+    assert b"firstsecond" == (tmp_path / first.file).read_bytes()
+    assert 2 == len(os.listdir(tmp_path))
 
 
 def test_a_disk_that_fills_up_leaves_the_blobs_before(tmp_path: Path, monkeypatch) -> None:
