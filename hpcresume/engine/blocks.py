@@ -66,8 +66,11 @@ class Blocks:
         return [pickle.dumps(item, protocol=5) for item in self.load()]
 
     def size_bytes(self) -> int:
-        """Return about how many bytes the items take."""
-        return sum(len(part.data) * (part.stop - part.start) // part.of for part in self.parts)
+        """Return about how many bytes the items take; slices add up to what they are cut from."""
+        return sum(
+            len(part.data) * part.stop // part.of - len(part.data) * part.start // part.of
+            for part in self.parts
+        )
 
 
 Items = list[bytes] | Blocks
