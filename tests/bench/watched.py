@@ -118,7 +118,8 @@ def drain(
             before = _published(directory / "run")
             seconds = _stop(supervisor)
         finally:
-            process.send_signal(signal.SIGINT)
+            # Not SIGINT, which what a shell runs in the background ignores.
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_PATIENCE_S)
             process.kill()
