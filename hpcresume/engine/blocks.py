@@ -78,8 +78,9 @@ Items = list[bytes] | Blocks
 
 def join(parts: Sequence[Items]) -> Items:
     """Return the items of several calls as one."""
-    if all(isinstance(part, Blocks) for part in parts):
-        return Blocks([block for part in parts if isinstance(part, Blocks) for block in part.parts])
+    whole = [part for part in parts if isinstance(part, Blocks)]
+    if len(whole) == len(parts):
+        return Blocks([block for part in whole for block in part.parts])
     return [item for part in parts for item in singly(part)]
 
 

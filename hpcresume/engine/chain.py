@@ -156,7 +156,7 @@ class Chain:
         self.is_first = first == 0
         self.is_last = first + len(stages) == len(pipeline.stages)
         # Calls of async stages are of one item mostly; one of a block would take all along.
-        self.in_blocks = not any(
+        self.in_blocks = not self.is_last and not any(
             stage.traits.is_async
             for stage in (stages[0], *pipeline.stages[first + len(stages) :][:1])
         )
@@ -249,8 +249,8 @@ class Call:
         self.passed: list[list[Sequence[int]]] = [[] for _ in range(len(chain.stages) + 1)]
         self.made = _Items()
         # What was made for the next group, as long as every slot made one item, in order.
-        self._blocks = blocks.Blocks([]) if chain.in_blocks and not chain.is_last else None
-        self._read_items: list[Any] | None = None
+        self._blocks = blocks.Blocks([]) if chain.in_blocks else None
+        self._from_blocks: list[Any] | None = None
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
 
@@ -328,7 +328,7 @@ class Call:
             assert isinstance(sources, Indexed)
             return list(map(sources.payload, inputs.sources[slots[0] : slots[-1] + 1]))
         if isinstance(inputs.items, blocks.Blocks):
-            return inputs.items[slots[0] : slots[-1] + 1].load()
+            return self._loaded(inputs.items)[slots[0] : slots[-1] + 1]
         return list(map(self._input, slots))
 
     def _read_one(self, slot: int) -> Any:
@@ -348,12 +348,15 @@ class Call:
         self.passed[0].append((slot,))
         return item
 
+    def _loaded(self, items: blocks.Blocks) -> list[Any]:
+        if self._from_blocks is None:
+            self._from_blocks = items.load()
+        return self._from_blocks
+
     def _input(self, slot: int) -> Any:
         inputs = self.inputs
         if isinstance(inputs.items, blocks.Blocks):
-            if self._read_items is None:
-                self._read_items = inputs.items.load()
-            return self._read_items[slot]
+            return self._loaded(inputs.items)[slot]
         if inputs.items is not None:
             return pickle.loads(inputs.items[slot])
         if inputs.records is not None:

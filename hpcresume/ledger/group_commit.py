@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from hpcresume.errors import HpcResumeError, InternalError, describe
-from hpcresume.ledger.parts import BlobFiles, StoredBlob
-from hpcresume.ledger.store import Batch, Ledger, LedgerState
+from hpcresume.ledger.parts import BlobFiles
+from hpcresume.ledger.store import Batch, Ledger, LedgerState, StoredBlob
 from hpcresume.segment.segment import Failure
 
 OnCommit = Callable[[Sequence[bytes], Sequence[Failure]], None]
@@ -45,7 +45,6 @@ class GroupCommitter:
         self._added = self._done = self._marked = 0
         self._urgent = self._noted = self._closing = False
         self._error: HpcResumeError | None = None
-        self._batch_blobs: list[StoredBlob] = []
         self._files = BlobFiles()
         self.committed_seq = ledger.last_sequence()
         self.committed_sources = 0
@@ -84,8 +83,7 @@ class GroupCommitter:
                 self._batch.frames.append(frame)
                 self._batch_bytes += len(frame)
                 if blob is not None:
-                    self._batch.blobs.append(blob.path)
-                    self._batch_blobs.append(blob)
+                    self._batch.blobs.append(blob)
                     self._batch_bytes += blob.length
                 self._batch_sources += sources
             if failures:
@@ -191,9 +189,7 @@ class GroupCommitter:
             release, self._release = self._release, 0
             due, closing, added = self._due(), self._closing, self._added
             batch, sources = (self._batch, self._batch_sources) if due else (Batch(), 0)
-            blobs = self._batch_blobs if due else []
             if due:
-                self._batch_blobs = []
                 self._batch, self._batch_bytes, self._batch_sources = Batch(), 0, 0
                 self._oldest, self._urgent = None, False
                 self._condition.notify_all()
@@ -208,7 +204,7 @@ class GroupCommitter:
                 self._condition.notify_all()
         if due:
             sequence = self._ledger.commit(batch)
-            self._files.committed(sequence, blobs)
+            self._files.committed(sequence, batch.blobs)
             with self._condition:
                 self.committed_seq, self._done = sequence, added
                 self.committed_sources += sources

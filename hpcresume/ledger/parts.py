@@ -11,14 +11,13 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import google_crc32c
 import msgspec
 
 from hpcresume.errors import CorruptDataError
 from hpcresume.fs import POSIX, publish, storage_errors
-from hpcresume.ledger.store import Commit
+from hpcresume.ledger.store import Commit, StoredBlob
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.segment.frame import BLOB_FILE_BYTES, PARQUET, Blob, blob_of, moved
 from hpcresume.segment.parquet_footer import MAGIC, FooterJoiner, tail
@@ -26,14 +25,6 @@ from hpcresume.segment.segment import PartEntry
 
 SCHEMA_NAME = "schema"
 _COPY_BYTES = 4 << 20
-
-
-class StoredBlob(NamedTuple):
-    """A blob on this node: path of its file, and offset and length in it."""
-
-    path: str
-    offset: int
-    length: int
 
 
 class Part:

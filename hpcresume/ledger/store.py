@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import google_crc32c
 import lmdb
@@ -37,6 +37,7 @@ from hpcresume.errors import CorruptDataError, LocalStorageError
 from hpcresume.failpoints import failpoint
 from hpcresume.segment import bitmap as bitmaps
 from hpcresume.segment.container import DECODE_ERRORS
+from hpcresume.segment.frame import Blob
 from hpcresume.segment.segment import Failure, Progress, StageCount, Writer
 
 INITIAL_MAP_BYTES = 64 << 20
@@ -82,6 +83,19 @@ class Commit(msgspec.Struct, array_like=True):
 _COMMIT = msgspec.msgpack.Decoder(Commit)
 
 
+class StoredBlob(NamedTuple):
+    """A blob on this node: path of its file, and offset and length in it."""
+
+    path: str
+    offset: int
+    length: int
+
+    @classmethod
+    def of(cls, blob: Blob, directory: str) -> StoredBlob:
+        """Return a committed frame's blob as one in the directory of an attempt's blobs."""
+        return cls(os.path.join(directory, blob.file), blob.offset, blob.length)
+
+
 @dataclass(slots=True)
 class Batch:
     """What one transaction is to write."""
@@ -91,7 +105,7 @@ class Batch:
     mark: dict[int, bytes] = field(default_factory=dict)
     unmark: list[int] = field(default_factory=list)
     state: LedgerState | None = None
-    blobs: list[str] = field(default_factory=list)
+    blobs: list[StoredBlob] = field(default_factory=list)
 
     @property
     def size_bytes(self) -> int:
@@ -217,7 +231,7 @@ class Ledger:
                 that was committed before is affected.
         """
         # A commit on disk must not name rows that are not.
-        for path in dict.fromkeys(batch.blobs):
+        for path in dict.fromkeys(blob.path for blob in batch.blobs):
             self._sync_blob(path)
         sequence = self._write(lambda txn: self._put(txn, batch))
         if batch.durable:

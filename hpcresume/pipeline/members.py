@@ -13,6 +13,7 @@ from typing import IO, Any
 import msgspec
 
 from hpcresume.pipeline.records import open_file
+from hpcresume.pipeline.streams import Stream
 
 SPACING_MIN, SPACING_MAX = 4 << 20, 32 << 20
 # What is read at once is copied at the end of each member in it.
@@ -36,7 +37,7 @@ class Members(msgspec.Struct):
     longest_bytes: int = 0
 
 
-class MemberStream:
+class MemberStream(Stream):
     """A gzip file from the start of one of its members, noting where others start."""
 
     def __init__(self, path: Path, start: tuple[int, int] = (0, 0)) -> None:
@@ -98,13 +99,6 @@ class MemberStream:
         if self.position == self._start[1] and self.position - self._noted[1] >= self._spacing:
             self._noted = self._start
             self.members.starts.append(self._start)
-
-    def restart_before(self, offset: int) -> tuple[int, int]:
-        del offset
-        return (0, 0)
-
-    def expect(self, end: int) -> None:
-        del end
 
     def close(self) -> None:
         self._file.close()

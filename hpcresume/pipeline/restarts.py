@@ -198,7 +198,7 @@ def place_before(path: Path, offset: int, restarts: Path) -> Place | None:
     return Place(path, container, number) if number >= 0 else None
 
 
-class _WindowStream:
+class _WindowStream(Stream):
     """A gzip file from within a member up to the next point at a member's start, and on."""
 
     def __init__(self, place: Place, offset: int) -> None:
@@ -232,10 +232,6 @@ class _WindowStream:
             self._ready = memoryview(self._file.read(wanted))
         data, self._ready = bytes(self._ready[:size]), self._ready[size:]
         return data
-
-    def restart_before(self, offset: int) -> tuple[int, int]:
-        del offset
-        return (0, 0)
 
     def expect(self, end: int) -> None:
         self._end = end

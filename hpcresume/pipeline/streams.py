@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from hpcresume.errors import SourcesError
-from hpcresume.pipeline.members import MemberStream
 from hpcresume.pipeline.records import open_file, reading
 
 BLOCK_BYTES = 1 << 20
@@ -24,7 +24,7 @@ BLOCK_BYTES = 1 << 20
 _ZSTD_BYTES = 1 << 14
 
 
-class Stream(Protocol):
+class Stream(ABC):
     """Uncompressed bytes, read one after another.
 
     ``position`` is the uncompressed offset of the next byte.
@@ -32,6 +32,7 @@ class Stream(Protocol):
 
     position: int
 
+    @abstractmethod
     def read(self, size: int) -> bytes:
         """Return up to ``size`` bytes; none at the end."""
 
@@ -43,15 +44,18 @@ class Stream(Protocol):
         Returns:
             Compressed and uncompressed offset.
         """
+        del offset
+        return (0, 0)
 
-    def expect(self, end: int) -> None:
+    def expect(self, end: int) -> None:  # noqa: B027  # most need not know it
         """Know that it will be read up to an uncompressed offset."""
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
 
 
-class _Plain:
+class _Plain(Stream):
     """A plain file."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -66,18 +70,11 @@ class _Plain:
         self._file.seek(offset)
         self.position = offset
 
-    def restart_before(self, offset: int) -> tuple[int, int]:
-        del offset
-        return (0, 0)
-
-    def expect(self, end: int) -> None:
-        del end
-
     def close(self) -> None:
         self._file.close()
 
 
-class _Zstd:
+class _Zstd(Stream):
     """A Zstandard file from the start of one of its frames."""
 
     def __init__(self, path: Path, restart: tuple[int, int]) -> None:
@@ -123,9 +120,6 @@ class _Zstd:
             frames.pop(0)
         return frames[0] if frames else (0, 0)
 
-    def expect(self, end: int) -> None:
-        del end
-
     def close(self) -> None:
         self._file.close()
 
@@ -153,7 +147,11 @@ def open_stream(path: Path, restart: tuple[int, int] = (0, 0)) -> Stream:
     with reading(path):
         if path.suffix == ".zst":
             return _Zstd(path, restart)
-        return MemberStream(path, restart) if path.suffix == ".gz" else _Plain(open_file(path))
+        if path.suffix == ".gz":
+            from hpcresume.pipeline.members import MemberStream
+
+            return MemberStream(path, restart)
+        return _Plain(open_file(path))
 
 
 # The stream that this process read last, where the next chunk of the file may begin.

@@ -36,8 +36,7 @@ from hpcresume.errors import (
 )
 from hpcresume.failpoints import failpoint
 from hpcresume.ledger.group_commit import GroupCommitter
-from hpcresume.ledger.parts import StoredBlob
-from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState
+from hpcresume.ledger.store import InFlight, Ledger, LedgerIdentity, LedgerState, StoredBlob
 from hpcresume.memory import MemoryGroup
 from hpcresume.merge.plan import open_plan
 from hpcresume.pipeline.load import load_snapshot
@@ -113,10 +112,7 @@ class LedgerListener:
     def completed(self, frame: bytes, sources: int) -> None:
         """Add a chunk of completed sources."""
         blob = blob_of(frame, what="a worker's frame")
-        stored = None
-        if blob is not None:
-            path = os.path.join(self._parts, blob.file)
-            stored = StoredBlob(path, blob.offset, blob.length)
+        stored = None if blob is None else StoredBlob.of(blob, self._parts)
         self.bytes_added += len(frame) + (stored.length if stored else 0)
         self._committer.add(frame=frame, sources=sources, blob=stored)
 

@@ -17,7 +17,7 @@ from hpcresume.errors import HpcResumeError
 from hpcresume.fs import POSIX, ensure_directory, publish
 from hpcresume.ids import ROOT
 from hpcresume.ledger.publishing import output_path, publish_pending
-from hpcresume.ledger.store import Batch, Ledger, LedgerIdentity
+from hpcresume.ledger.store import Batch, Ledger, LedgerIdentity, StoredBlob
 from hpcresume.merge.generation import read_union, write_generation
 from hpcresume.merge.plan import Launch, PlanFooter, make_shards, write_plan
 from hpcresume.run.directory import RunDir, probe_writable
@@ -79,7 +79,7 @@ def work(run_path: str, local: str, label: str) -> None:
         sources = range(cycle * SOURCES, (cycle + 1) * SOURCES)
         frame = source_frame(outputs, packer, sources)
         blob = blob_of(frame, what="a frame")
-        blobs = [] if blob is None else [os.path.join(parts, blob.file)]
+        blobs = [] if blob is None else [StoredBlob.of(blob, parts)]
         insist(lambda frame=frame, blobs=blobs: ledger.commit(Batch(frames=[frame], blobs=blobs)))
         say("committed", *sources)
         receipt = insist(

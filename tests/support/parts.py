@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpcresume.ids import ItemPath
 from hpcresume.ledger.publishing import PublishReceipt, publish_pending
-from hpcresume.ledger.store import Batch, Ledger, LedgerIdentity
+from hpcresume.ledger.store import Batch, Ledger, LedgerIdentity, StoredBlob
 from hpcresume.run.directory import AttemptRef, RunDir
 from hpcresume.segment.frame import blob_of
 from hpcresume.segment.segment import Segment, Writer, open_segment
@@ -54,8 +53,8 @@ class PartsAttempt:
         """Commit frames of sources and return the number of the commit."""
         encoded = [pack(self.packer, sources, rows=rows) for sources in frames]
         blobs = [blob for data in encoded if (blob := blob_of(data, what="a frame")) is not None]
-        paths = [os.path.join(self.root, blob.file) for blob in blobs]
-        return self.ledger.commit(Batch(frames=encoded, blobs=paths))
+        stored = [StoredBlob.of(blob, str(self.root)) for blob in blobs]
+        return self.ledger.commit(Batch(frames=encoded, blobs=stored))
 
     def publish(self, seq: int = 1, **options: Any) -> PublishReceipt:
         """Publish what is pending."""

@@ -21,7 +21,7 @@ from hpcresume.errors import NotResumableError, PipelineError, SourcesError, Usa
 from hpcresume.launch.estimate import estimate_run, limit_seconds, spell_time, suggest
 from hpcresume.launch.trial import run_trial, trial
 from hpcresume.launch.trial_sample import Spread, even_positions, spread
-from hpcresume.pipeline import streams
+from hpcresume.pipeline import members
 from hpcresume.pipeline.sources import as_sources
 from tests.unit.launch.jobs import settings
 
@@ -323,8 +323,8 @@ def test_a_chunk_deep_in_a_gzip_file_is_read_from_near_it(tmp_path, monkeypatch)
     path.write_bytes(gzip.compress(lines, 1))
     pipeline = hr.Pipeline("t", hr.chunks(path, rows=1000), [lambda chunk: next(iter(chunk))["n"]])
     opened = []
-    real = streams.MemberStream
-    monkeypatch.setattr(streams, "MemberStream", lambda *a: opened.append(a) or real(*a))
+    real = members.MemberStream
+    monkeypatch.setattr(members, "MemberStream", lambda *a: opened.append(a) or real(*a))
     report = trial(pipeline, sources=["in.jsonl.gz#8000-8999"])
 
     assert [8000] == [row.row for row in report.rows]

@@ -13,7 +13,7 @@ from hpcresume.errors import CorruptDataError, LocalStorageError, SharedStorageE
 from hpcresume.fs import digest_of
 from hpcresume.ledger import parts
 from hpcresume.ledger.group_commit import GroupCommitter
-from hpcresume.ledger.store import Batch
+from hpcresume.ledger.store import Batch, StoredBlob
 from hpcresume.merge.generation import read_union
 from hpcresume.run.directory import AttemptRef
 from hpcresume.segment.frame import blob_of
@@ -190,7 +190,9 @@ def test_a_commit_needs_its_blob(sim: PartsAttempt) -> None:
     """A blob that cannot be synced is not committed, so nothing names rows that are not there."""
     encoded = pack(sim.packer, [1])
     with pytest.raises(LocalStorageError, match="nowhere"):
-        sim.ledger.commit(Batch(frames=[encoded], blobs=[str(sim.root / "nowhere")]))
+        sim.ledger.commit(
+            Batch(frames=[encoded], blobs=[StoredBlob(str(sim.root / "nowhere"), 0, 1)])
+        )
     assert 0 == sim.ledger.last_sequence()
 
 
@@ -202,7 +204,7 @@ def test_published_blobs_are_removed(sim: PartsAttempt, monkeypatch) -> None:
     for source in (1, 2):
         frame = pack(sim.packer, [source])
         blob = blob_of(frame, what="x")
-        stored = parts.StoredBlob(str(sim.root / blob.file), blob.offset, blob.length)
+        stored = StoredBlob.of(blob, str(sim.root))
         committer.add(frame=frame, blob=stored, sources=1)
         committer.flush()
 
@@ -227,7 +229,7 @@ def test_a_file_of_blobs_stays_while_a_blob_of_it_may_be_needed(tmp_path: Path) 
 
     def left(*blobs: tuple[int, int, int], release: int) -> bool:
         for sequence, offset, length in blobs:
-            files.committed(sequence, [parts.StoredBlob(str(path), offset, length)])
+            files.committed(sequence, [StoredBlob(str(path), offset, length)])
         files.release(release)
         return path.exists()
 
@@ -245,7 +247,7 @@ def test_the_files_of_a_dead_worker_go_once_its_successor_has_answered(tmp_path:
     def left(*committed: Path, release: int) -> list[Path]:
         for sequence, path in enumerate(committed, release + 1):
             path.touch()
-            files.committed(sequence, [parts.StoredBlob(str(path), 0, 10)])
+            files.committed(sequence, [StoredBlob(str(path), 0, 10)])
         files.release(release)
         return [path for path in paths if path.exists()]
 
@@ -261,7 +263,7 @@ def test_many_small_blobs_take_no_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         for n in range(10_000):
-            files.committed(n, [parts.StoredBlob(str(tmp_path), 100 * n, 100)])
+            files.committed(n, [StoredBlob(str(tmp_path), 100 * n, 100)])
         assert tracemalloc.get_traced_memory()[0] < 100_000
     finally:
         tracemalloc.stop()

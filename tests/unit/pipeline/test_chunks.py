@@ -479,8 +479,8 @@ def test_chunks_in_a_row_decompress_the_file_once(
     """A worker that reads one chunk after another goes on where it was."""
     listed = list(hr.chunks(gz, rows=10_000))
     opened: list[Any] = []
-    real = streams.MemberStream
-    monkeypatch.setattr(streams, "MemberStream", lambda *a: opened.append(a) or real(*a))
+    real = members_module.MemberStream
+    monkeypatch.setattr(members_module, "MemberStream", lambda *a: opened.append(a) or real(*a))
     for source in listed:
         assert 10_000 == len(read(source))
     assert 1 == len(opened)
