@@ -100,6 +100,14 @@ class Assembly:
                 self._acknowledge(inputs, slot, failed=True)
                 self._end_try(inputs.sources[slot])
 
+    def hand_back(self, begun: Inputs, rest: Inputs) -> None:
+        """Take back the admission of the sources of a call that it did not begin."""
+        admitted = self._admitted.get(rest.sources[-1])
+        for source in rest.sources:
+            self.forget(source)
+        if admitted is not None and admitted[2] == len(begun) + len(rest) and len(begun):
+            self._time(begun.sources[-1], (*admitted[:2], len(begun)))
+
     def forget(self, source: int) -> None:
         """Drop a source that is not tried again."""
         self._accounting.forget(source)

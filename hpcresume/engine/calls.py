@@ -188,6 +188,8 @@ class ChunkResult:
     """What a call returns.
 
     Attributes:
+        unbegun: How many items, the last ones of the call, were not begun; nothing else says
+            anything of them.
         seconds: How long the call took in the worker.
         took: How long the stages took in each of the calls that this is the result of.
         counts: What each stage of the group did, in order.
@@ -205,6 +207,7 @@ class ChunkResult:
         files: Files of ``ctx.output`` by slot: item path and name.
     """
 
+    unbegun: int = 0
     seconds: float = 0.0
     counts: list[StageCount] = field(default_factory=list)
     failures: list[SlotFailure] = field(default_factory=list)

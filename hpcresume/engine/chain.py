@@ -1,8 +1,9 @@
 """A chain: the fused stages of one group, run over the items of one call.
 
-Stages run one after another over all items of the call, in slices of bounded size, so that a
-trivial stage costs little more than the calls of its function, batches mix items of many
-sources, and a fan-out of millions never lies in memory at once.  Attribution is exact:
+Stages run one after another over the items of a slice of the call, so that a trivial stage
+costs little more than the calls of its function, batches mix items of many sources, and a
+fan-out of millions never lies in memory at once.  Between slices, a twentieth of a second apart,
+a call may end early and hand back the items that it has not begun.  Attribution is exact:
 every item knows the slot of the input it descends from, nothing is inferred from lengths.
 
 The code is asynchronous throughout; for a group without async stages it never suspends, so
@@ -58,6 +59,8 @@ from hpcresume.sinks.packing import Packed
 log = logging.getLogger(__name__)
 
 SLICE_ITEMS = 4096
+_SLICE_S = 0.05
+_MADE_BYTES = 8 << 20
 _DRAW_ITEMS = 256
 _PEAK_EACH_S = 0.1
 _NOTHING = contextlib.nullcontext()
@@ -131,6 +134,7 @@ class ChainPlace:
             its frames are there to be looked at.
         restarts: Directory of the run's restart points; None: there are none.
         writer: Group, index and start of the worker, for the names of its blobs.
+        call_max_s: Seconds after which a call hands back what it has not begun.
     """
 
     run_id: str
@@ -143,6 +147,7 @@ class ChainPlace:
     on_error: Callable[[BaseException], None] | None = None
     restarts: Path | None = None
     writer: str = ""
+    call_max_s: float = float("inf")
 
 
 class Chain:
@@ -168,6 +173,20 @@ class Chain:
         self.running = Running(place.mark)
         self.packer = make_packer(pipeline.sink, place.parts, place.writer)
         self._peak_mib, self._peak_until = 0, 0.0
+        self._batch = max(stage.batch_size for stage in stages)
+        self._seconds_per_input = 0.0
+
+    def slice_items(self) -> int:
+        """Return how many inputs go through the stages together: full batches, if it can be."""
+        if not self._seconds_per_input or self.stages[0].traits.is_async:
+            return SLICE_ITEMS
+        size = min(SLICE_ITEMS, max(1, int(_SLICE_S / self._seconds_per_input)))
+        return -(-size // self._batch) * self._batch
+
+    def note_slice(self, inputs: int, seconds: float) -> None:
+        """Learn how long a slice took."""
+        known, seen = self._seconds_per_input, seconds / inputs
+        self._seconds_per_input = (known + seen) / 2 if known else seen
 
     def peak_mib(self, now: float) -> int:
         """Return the most memory this process had resident, asked for now and then."""
@@ -253,6 +272,7 @@ class Call:
         self._from_blocks: list[Any] | None = None
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
+        self._begun = 0
 
     async def run(self) -> ChunkResult:
         return await self.process() or self.finish()
@@ -275,9 +295,14 @@ class Call:
             count.note_spread()
         return None
 
-    def rows_bytes(self) -> int:
-        """Return the bytes of the encoded rows or items that were made."""
-        return sum(len(made) for made in self.made.items if isinstance(made, bytes))
+    def made_bytes(self) -> int:
+        """Return about how many bytes the rows or items take that were made."""
+        if self._blocks is not None and self._blocks.parts:
+            return self._blocks.size_bytes()
+        return sum(
+            len(made) if isinstance(made, bytes) else getattr(made, "nbytes", 0)
+            for made in self.made.items
+        )
 
     def join(self, others: Sequence[Call]) -> None:
         """Take in other calls of one item each that are processed, as more items of this one."""
@@ -293,11 +318,17 @@ class Call:
             for count, more_counts in zip(self.counts, call.counts, strict=True):
                 count.add(more_counts)
             self.took += call.took
+        self._begun = len(self.inputs)
 
     def finish(self) -> ChunkResult:
         """Return the result of what was processed."""
         start = time.perf_counter()
-        result = ChunkResult(counts=self.counts, took=self.took)
+        unbegun = len(self.inputs) - self._begun
+        if not self._begun:
+            return ChunkResult(unbegun=unbegun)
+        if unbegun:
+            self.inputs = self.inputs.select(range(self._begun))
+        result = ChunkResult(unbegun=unbegun, counts=self.counts, took=self.took)
         self._finish(result)
         end = time.perf_counter()
         for count in self.counts:
@@ -306,11 +337,24 @@ class Call:
         return result
 
     def _slices(self) -> Iterator[_Items]:
-        for start in range(0, len(self.inputs), SLICE_ITEMS):
-            slots = list(range(start, min(start + SLICE_ITEMS, len(self.inputs))))
-            known = self.inputs.paths
-            paths = [ROOT] * len(slots) if known is None else known[start : start + SLICE_ITEMS]
+        known, began = self.inputs.paths, time.perf_counter()
+        while self._begun < len(self.inputs) and not self._is_to_end(began):
+            start = time.perf_counter()
+            stop = min(self._begun + self.chain.slice_items(), len(self.inputs))
+            slots = list(range(self._begun, stop))
+            paths = [ROOT] * len(slots) if known is None else known[self._begun : stop]
+            self._begun = stop
             yield self._without_failed(_Items(self._read(slots), slots, paths))
+            self.chain.note_slice(len(slots), time.perf_counter() - start)
+
+    def _is_to_end(self, began: float) -> bool:
+        """Tell whether to hand back what is not begun."""
+        if self._is_async:
+            return False
+        if self.place.mark is not None and self.place.mark.is_recalled:
+            return True
+        is_late = time.perf_counter() - began > self.place.call_max_s
+        return self._begun > 0 and (is_late or self.made_bytes() > _MADE_BYTES)
 
     def _read(self, slots: list[int]) -> list[Any]:
         """Return the items in some slots; those that cannot be had fail."""
@@ -376,13 +420,13 @@ class Call:
         self.counts[number].items_in += len(items)
         stage = self.stages[number]
         if not (stage.traits.is_batch or self._is_async or self._is_guarded(stage)):
-            answers = self._map(number, stage.process, items.items)
+            answers = self._map(number, stage.process, items)
             if _are_plain(answers):
                 self.counts[number].items_out += len(answers)
                 self._note_passed(number, items.slots)
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
                 return
-            if set(map(type, answers)) == {GeneratorType}:
+            if set(map(type, answers)) == {GeneratorType} and not self.marked:
                 await self._fan_out_all(number, items, answers)
                 return
             source = _with_positions(answers)
@@ -409,7 +453,7 @@ class Call:
         await self._push(number + 1, out)
 
     def _is_guarded(self, stage: Stage) -> bool:
-        return bool(stage.traits.wants_context or stage.timeout_s or self.marked)
+        return bool(stage.traits.wants_context or stage.timeout_s)
 
     def _answers(self, number: int, items: _Items) -> AsyncGenerator[tuple[int, Any], None]:
         """Yield position and answer for the items that a stage was given, in order."""
@@ -575,10 +619,13 @@ class Call:
                 call = partial(stage.process, *arguments)
                 yield position, self._guarded(number, slot, call, timeout_s=stage.timeout_s)
 
-    def _map(self, number: int, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    def _map(self, number: int, function: Callable[[Any], Any], items: _Items) -> list[Any]:
         """Call a plain function on every item at the speed of ``map``."""
         answers: list[Any] = []
-        remaining = iter(items)
+        remaining = iter(items.items)
+        if self.marked and self.place.mark is not None:
+            sources = map(self.inputs.sources.__getitem__, items.slots)
+            remaining = self.place.mark.over(remaining, sources, self.chain.first + number)
         start = time.perf_counter()
         while len(answers) < len(items):
             try:

@@ -178,8 +178,12 @@ class Executor:
         self._stopping = self._holding = False
 
     def stop(self) -> None:
-        """Admit no more sources; what is in flight may finish."""
+        """Admit no more sources; what is being worked on may finish."""
+        if self._stopping:
+            return
         self._stopping = True
+        for worker in self._groups[0].workers:
+            self._pool.recall(worker.ref)
 
     def hold(self, holding: bool) -> None:  # noqa: FBT001  # a state, set as such
         """Admit no sources for now, or admit them again."""
@@ -415,6 +419,8 @@ class Executor:
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
+        if result.unbegun:
+            chunks = [chunk] = [self._take_back(state, chunk, result.unbegun)]
         if result.unrecoverable is not None:
             raise StageBrokenError(
                 state.group.name,
@@ -423,7 +429,7 @@ class Executor:
             )
         if result.broken is not None:
             self._broken(state, worker, chunk, result.broken)
-        else:
+        elif len(chunk):
             worker.fruitless = 0
             self._learn(state, chunks, result)
             self._account(chunk, result)
@@ -437,6 +443,18 @@ class Executor:
         if oldest > worker.begun:
             worker.begun = oldest
             self._listener.began(oldest)
+
+    def _take_back(self, state: GroupState, chunk: Chunk, unbegun: int) -> Chunk:
+        """Queue what a call did not begin, and return the call of what it did."""
+        at = len(chunk) - unbegun
+        begun, rest = (
+            dataclasses.replace(chunk, inputs=chunk.inputs.select(part))
+            for part in (range(at), range(at, len(chunk)))
+        )
+        if self._assembly is not None and chunk.group == 0:
+            self._assembly.hand_back(begun.inputs, rest.inputs)
+        state.enqueue(rest, front=True)
+        return begun
 
     def _learn(self, state: GroupState, chunks: Sequence[Chunk], result: ChunkResult) -> None:
         self._note_pace(state, chunks, result)

@@ -67,6 +67,7 @@ class RayHead:
                 # Ray opens its directory to everybody; the one around it stays private.
                 _temp_dir=os.path.join(temp, INNER_NAME),
                 logging_level="warning",
+                log_to_driver=False,
             )
         # ray.init installs a handler that exits, in place of the caller's.
         if threading.current_thread() is threading.main_thread():
@@ -88,12 +89,7 @@ class RayHead:
             raise _died(dead)
 
     def _dead(self) -> psutil.Process | None:
-        for daemon in self._daemons:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if daemon.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            return daemon
-        return None
+        return next((daemon for daemon in self._daemons if _has_ended(daemon.pid)), None)
 
     def _end_others(self) -> None:
         """Kill what is left of Ray; without one of its processes some of the others linger."""
@@ -128,9 +124,9 @@ class RayHead:
 
 @contextlib.contextmanager
 def _one_node_only() -> Iterator[None]:
-    """Start Ray without its autoscaler and its dashboard, for which it has no settings.
+    """Start Ray without its autoscaler, dashboard and log monitor: it has no settings for that.
 
-    They have nothing to do for one node, and each takes most of a second of a core to start.
+    They have nothing to do here, and each takes most of a second of a core to start.
     A Ray whose inside is not known is started whole.
     """
     if not ray.__version__.startswith(_KNOWN_INSIDE):
@@ -139,13 +135,22 @@ def _one_node_only() -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
-    before = Node.start_monitor, services.start_api_server
-    Node.start_monitor = lambda _node: None
+    before = Node.start_monitor, Node.start_log_monitor, services.start_api_server
+    Node.start_monitor = Node.start_log_monitor = lambda _node: None
     services.start_api_server = lambda *_, **__: ("", None)  # no address, and no process
     try:
         yield
     finally:
-        Node.start_monitor, services.start_api_server = before
+        Node.start_monitor, Node.start_log_monitor, services.start_api_server = before
+
+
+def _has_ended(child: int) -> bool:
+    """Tell whether a child of this process is dead, without taking its status from its parent."""
+    try:
+        seen = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return seen is not None
 
 
 def _died(daemon: psutil.Process) -> EngineDiedError:

@@ -21,6 +21,8 @@ from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.pipeline import Pipeline
 
 ResultT = TypeVar("ResultT")
+INLINE_CALL_S = 0.1
+"""Work in one call of :class:`InlinePool`: while it runs nobody else is served."""
 _GATHER_S = 0.05
 _BEGIN_MAX = 4
 _FRAME_BYTES = 8 << 20
@@ -112,6 +114,9 @@ class Pool(Protocol):
 
     def submit(self, worker: WorkerRef, call: int, inputs: Inputs, *, marked: bool) -> None:
         """Hand a worker a call; calls of one worker run in this order."""
+
+    def recall(self, worker: WorkerRef) -> None:
+        """Have a worker answer soon, and hand back what it has not begun, from now on."""
 
     def retire(self, worker: WorkerRef) -> None:
         """End a worker; calls it still holds are not answered."""
@@ -262,6 +267,12 @@ class InlinePool:
             self._is_urgent = True
             self._happened.notify_all()
 
+    def recall(self, worker: WorkerRef) -> None:
+        """Hand back the worker's calls that wait to be run in :meth:`wait`."""
+        for entry in [entry for entry in self._queue if entry[0] == worker]:
+            self._queue.remove(entry)
+            self._tell(Finished([entry[1]], ChunkResult(unbegun=len(entry[2]))))
+
     def retire(self, worker: WorkerRef) -> None:
         """Tear down a worker's stages."""
         self._queue = [entry for entry in self._queue if entry[0] != worker]
@@ -322,7 +333,7 @@ def _parts(processed: list[tuple[int, Call]]) -> Iterator[list[tuple[int, Call]]
     part: list[tuple[int, Call]] = []
     size_bytes = 0
     for entry in processed:
-        added = entry[1].rows_bytes()
+        added = entry[1].made_bytes()
         if part and size_bytes + added > _FRAME_BYTES:
             yield part
             part, size_bytes = [], 0

@@ -16,7 +16,6 @@ def prepare_environment() -> None:
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_DEDUP_LOGS="0",
         # The node's memory is not the job's; the kernel's cgroup decides.
         RAY_memory_monitor_refresh_ms="0",
         RAY_enable_metrics_collection="0",

@@ -16,6 +16,7 @@ from hpcresume.engine import children
 from hpcresume.engine.calls import Inputs
 from hpcresume.engine.groups import Group
 from hpcresume.engine.mark import Mark, Sight
+from hpcresume.engine.output import OutputRelay
 from hpcresume.engine.pool import (
     Died,
     EngineDiedError,
@@ -53,7 +54,8 @@ class RayPool:
 
     Args:
         groups: The groups.
-        make_setup: Returns the set-up of a worker, given its group and its mark's path.
+        make_setup: Returns the set-up of a worker, given its group, its number in it, its
+            mark's path and where its output goes.
         marks: Node-local directory for the workers' marks.
         check: Called at every wait; raises when Ray itself is gone.
         memory: Counts what the kernel killed because memory ran out; None: nobody knows.
@@ -63,7 +65,7 @@ class RayPool:
         self,
         groups: list[Group],
         *,
-        make_setup: Callable[[Group, int, str], WorkerSetup],
+        make_setup: Callable[[Group, int, str, str], WorkerSetup],
         marks: str,
         check: Callable[[], None],
         memory: MemoryGroup | None = None,
@@ -75,6 +77,7 @@ class RayPool:
         self._actors: dict[WorkerRef, _Actor] = {}
         self._refs: dict[Any, WorkerRef] = {}
         self._events: list[Event] = []
+        self._output = OutputRelay()
 
     def start(self, worker: WorkerRef) -> None:
         """Begin to start an actor."""
@@ -90,7 +93,8 @@ class RayPool:
             options["max_concurrency"] = max(1000, group.concurrency * 2)
         kind = AsyncStageWorker if group.is_async else StageWorker
         remote = ray.remote(kind).options(**options)
-        handle = remote.remote(self._make_setup(group, worker.index, path))
+        setup = self._make_setup(group, worker.index, path, self._output.address)
+        handle = remote.remote(setup)
         actor = _Actor(handle, mark, path, time.monotonic() + group.setup_timeout_s)
         self._actors[worker] = actor
         self._refs[handle.start.remote()] = worker
@@ -101,6 +105,11 @@ class RayPool:
         ref = actor.handle.run.remote(inputs, marked)
         actor.calls[ref] = call
         self._refs[ref] = worker
+
+    def recall(self, worker: WorkerRef) -> None:
+        """Have an actor hand back what it has not begun."""
+        if worker in self._actors:
+            self._actors[worker].mark.recall()
 
     def retire(self, worker: WorkerRef) -> None:
         """Tear an actor's stages down in the background, then end it."""
@@ -249,3 +258,4 @@ class RayPool:
                 ray.kill(actor.handle)
         self._actors.clear()
         self._refs.clear()
+        self._output.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcresume.deadline import seconds_left
-from hpcresume.engine import children
+from hpcresume.engine import children, output
 from hpcresume.engine.calls import ChunkResult, Inputs
 from hpcresume.engine.chain import Chain, ChainPlace, run_now
 from hpcresume.engine.mark import Mark
@@ -40,8 +40,10 @@ class WorkerSetup:
         parts: Node-local directory for blobs of ``hr.Parts``.
         mark: Path of the worker's mark, named by group, index and start; next to it, ``.fault``
             holds its last words.
+        output: Where what the stages print goes to, as its relay says.
         local: Node-local directory of the attempt, where its deadline stands.
         restarts: Directory of the run's restart points; None: there are none.
+        call_max_s: Seconds after which a call hands back what it has not begun.
     """
 
     code: str
@@ -55,8 +57,10 @@ class WorkerSetup:
     outputs: str
     parts: str
     mark: str
+    output: str
     local: str
     restarts: str | None = None
+    call_max_s: float = float("inf")
 
 
 class StageWorker:
@@ -73,6 +77,7 @@ class StageWorker:
         # event loop runs beside the main thread; there the driver's choice is inherited.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        output.join(self._setup.output)
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(self._setup.cpus)))
         faulthandler.enable(open(self._setup.mark + ".fault", "w"), all_threads=False)  # noqa: SIM115  # lives as long as the process
         logging.basicConfig(stream=sys.stderr, level=logging.INFO)
@@ -108,6 +113,7 @@ class StageWorker:
             mark=Mark(setup.mark),
             restarts=None if setup.restarts is None else Path(setup.restarts),
             writer=os.path.basename(setup.mark),
+            call_max_s=setup.call_max_s,
         )
         stages = pipeline.stages[setup.first : setup.first + setup.count]
         return Chain(pipeline, first=setup.first, stages=stages, place=place)

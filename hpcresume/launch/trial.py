@@ -31,7 +31,7 @@ from hpcresume.config import Settings, load_settings
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.packing import make_driver_packer
-from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
+from hpcresume.engine.pool import INLINE_CALL_S, EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
 from hpcresume.errors import PipelineError, UsageError
@@ -284,8 +284,11 @@ class _Bench:
 
     def _executor(self, groups: list[Group], pool: Pool, settings: Settings) -> Executor:
         task = settings.task
+        most_s = INLINE_CALL_S if self.engine == "inline" else task.chunk_target_s
         limits = Limits(
-            max_attempts=1, chunk_target_s=task.chunk_target_s, chunk_max=task.chunk_max_sources
+            max_attempts=1,
+            chunk_target_s=min(most_s, task.chunk_target_s),
+            chunk_max=task.chunk_max_sources,
         )
         has_sink = self.pipeline.sink is not None
         feed = SampleFeed(self.sample)
@@ -345,7 +348,7 @@ class _Bench:
         code = self.place / "code"
         write_snapshot(self.loaded, code)
 
-        def make_setup(group: Group, index: int, mark: str) -> WorkerSetup:
+        def make_setup(group: Group, index: int, mark: str, output: str) -> WorkerSetup:
             return WorkerSetup(
                 code=str(code),
                 run_id=self._run_id,
@@ -359,6 +362,7 @@ class _Bench:
                 parts=str(self.place / "parts"),
                 restarts=str(self.place / "restarts"),
                 mark=mark,
+                output=output,
                 local=str(self.place),
             )
 

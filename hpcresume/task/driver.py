@@ -24,7 +24,7 @@ from hpcresume.deadline import seconds_left
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.packing import make_driver_packer
-from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
+from hpcresume.engine.pool import INLINE_CALL_S, EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
 from hpcresume.errors import (
@@ -72,6 +72,7 @@ _CLOSE_S = 5.0
 _START_SLOT_S = 15.0
 _COLLECT_AFTER = 20_000
 """New objects before the garbage collector looks at the young ones."""
+_OVERLONG = 2.0
 _STOPPED = "stopped before the shard was settled"
 _NO_TIME = "no source that is left is expected to finish within the time limit"
 
@@ -126,6 +127,8 @@ class Driver:
 
     def __init__(self, spec: AttemptSpec, work: Work, channel: Channel) -> None:
         self._spec, self._work, self._channel = spec, work, channel
+        most_s = INLINE_CALL_S if spec.engine == "inline" else spec.chunk_target_s
+        self._call_s = min(most_s, spec.chunk_target_s)
         self._deadline: float | None = None
         self._told_ready = False
         self._start = time.monotonic()
@@ -219,7 +222,7 @@ class Driver:
             self._listener,
             Limits(
                 max_attempts=spec.max_attempts,
-                chunk_target_s=spec.chunk_target_s,
+                chunk_target_s=self._call_s,
                 chunk_max=spec.chunk_max,
                 memory_mib=spec.memory_mib,
                 memory_limit=spec.memory_limit,
@@ -255,7 +258,7 @@ class Driver:
             head = RayHead(spec.ray_temp, HeadResources(spec.cpus, spec.gpus, spec.memory_bytes))
         failpoint("driver.after_ray_init")
 
-        def make_setup(group: Group, index: int, mark: str) -> WorkerSetup:
+        def make_setup(group: Group, index: int, mark: str, output: str) -> WorkerSetup:
             return WorkerSetup(
                 code=run.code_path(spec.code),
                 run_id=run.run_id,
@@ -268,8 +271,10 @@ class Driver:
                 outputs=outputs,
                 parts=parts,
                 mark=mark,
+                output=output,
                 local=spec.local,
                 restarts=run.restarts,
+                call_max_s=_OVERLONG * self._call_s,
             )
 
         return RayPool(

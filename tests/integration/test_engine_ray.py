@@ -29,6 +29,8 @@ STAGES = '''
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
 import hpcresume as hr
 
@@ -61,6 +63,18 @@ async def blocking(x):
     if x == "sleep":
         hang_in_c()
     return {"x": x}
+
+
+def printing(x):
+    print("prints", x, "and", "more")
+    print("complains", x, file=sys.stderr)
+    subprocess.run(["echo", "starts", str(x)], check=True)
+    return x
+
+
+def steady(x):
+    time.sleep(0.01)
+    return x
 
 
 class Failing(hr.Stage):
@@ -98,8 +112,8 @@ class Server(hr.Stage):
         os._exit(3)
 
 
-STAGES = {"work": work, "blocking": blocking, "failing": Failing, "slow": Slow, "gpu": Gpu,
-          "server": Server}
+STAGES = {"printing": printing, "steady": steady, "work": work, "blocking": blocking,
+          "failing": Failing, "slow": Slow, "gpu": Gpu, "server": Server}
 
 
 def pipeline(stage: str = "work") -> hr.Pipeline:
@@ -139,24 +153,32 @@ def run(order):
     groups = make_groups(stages, cpus=2, workers=order.get("workers", 0))
     (root / 'marked').mkdir(exist_ok=True)
     marks = tempfile.mkdtemp(dir=root / 'marked')
-    def setup(group, index, mark):
+    def setup(group, index, mark, output):
         return WorkerSetup(code=str(code), run_id="r", first=group.first,
             count=len(group.stages), index=index, cpus=group.cpus, gpus=group.gpus,
             scratch=str(root / "scratch"), outputs=str(root / "out"), parts=str(root / "parts"),
-            mark=mark, local=str(root))
+            mark=mark, output=output, local=str(root))
     pool = RayPool(groups, make_setup=setup, marks=marks, check=head.check)
     outcomes = Outcomes()
     executor = Executor(groups, pool, ListFeed(order["payloads"]), outcomes,
-        Limits(max_attempts=order.get("attempts", 2)))
-    start, broken = time.monotonic(), None
+        Limits(max_attempts=order.get("attempts", 2),
+               chunk_target_s=order.get("call_s", 0.01)))
+    start, broken, stopped = time.monotonic(), None, []
+    def tick():
+        if executor.completed >= order.get("stop_at", 1 << 30) and not stopped:
+            stopped.append(time.monotonic())
+            executor.stop()
+        return True
     try:
         executor.start()
-        executor.run(lambda: True)
+        executor.run(tick)
     except StageBrokenError as error:
         broken = [error.fields["kind"], str(error)]
+    drained = time.monotonic() - stopped[0] if stopped else None
     pool.close(5)
     failures = [[f.source, f.attempt, f.kind, f.message, f.stage] for f in outcomes.failures]
-    say(rows=outcomes.rows, failures=failures, broken=broken, seconds=time.monotonic() - start)
+    say(rows=outcomes.rows, failures=failures, broken=broken, seconds=time.monotonic() - start,
+        drained=drained, marks=len(outcomes.open))
 
 say(pid=os.getpid(), address=ray.get_runtime_context().gcs_address,
     session=ray._private.worker._global_node.get_session_dir_path(),
@@ -210,7 +232,8 @@ def write_code(root: Path) -> None:
 
     file = root / "staged.py"
     file.write_text(STAGES)
-    for stage in ("work", "blocking", "failing", "slow", "gpu", "server"):
+    stages = ("printing", "steady", "work", "blocking", "failing", "slow", "gpu", "server")
+    for stage in stages:
         code = root / "code" / stage
         code.mkdir(parents=True)
         write_snapshot(load_pipeline(parse_target(str(file), root), {"stage": stage}), code)
@@ -285,6 +308,23 @@ def test_threads_are_as_many_as_the_stages_cores(host: Host) -> None:
     """OMP_NUM_THREADS follows ``cpus``; the first try is number 1."""
     answer = host.order(stage="work", payloads=["a"])
     assert {"0": [{"x": "a", "try": 1, "omp": "1"}]} == answer["rows"]
+
+
+def test_what_stages_print_is_in_the_log(host: Host) -> None:
+    """Lines of stages and of what they start come through whole and once, by the run's end."""
+    host.order(stage="printing", payloads=list(range(60)))
+    lines = host.log.read_text().splitlines()
+    for n in range(60):
+        for line in (f"prints {n} and more", f"complains {n}", f"starts {n}"):
+            assert 1 == lines.count(line), line
+
+
+def test_stop_ends_long_calls(host: Host) -> None:
+    """Workers that hold seconds of work hand it back, and keep what they have begun."""
+    answer = host.order(stage="steady", payloads=[0] * 4000, call_s=4.0, stop_at=200)
+    assert 200 <= len(answer["rows"]) < 2000
+    assert answer["drained"] < 1.5
+    assert (0, []) == (answer["marks"], answer["failures"])
 
 
 def test_async_stage_that_blocks_is_killed_and_found(host: Host) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -87,6 +87,7 @@ def pipelines(draw: st.DrawFn) -> dict[str, Any]:
         "left": draw(st.sampled_from([None, 0, 2, 10])),
         "seconds": draw(st.sampled_from([None, 1e-6, 1e-3, 1.0])),
         "seed": draw(st.integers(0, 2**32)),
+        "short": draw(st.sampled_from([0.0, 0.3, 0.9])),
     }
 
 
@@ -150,6 +151,16 @@ def expected(case: dict[str, Any]) -> tuple[dict[int, list[Any]], dict[int, list
     return rows, charges
 
 
+def make_begins(case: dict[str, Any]) -> Callable[[Inputs], int]:
+    """Return how much of a call is begun: all of it, or less, down to nothing."""
+    rng = Random(case["seed"] + 1)
+
+    def begins(inputs: Inputs) -> int:
+        return rng.randint(0, len(inputs)) if rng.random() < case["short"] else len(inputs)
+
+    return begins
+
+
 def make_kills(case: dict[str, Any]) -> Any:
     """Return who kills workers: killers in the first group, and a few deaths from outside.
 
@@ -181,6 +192,7 @@ OUT_OF_ORDER = {
     "stages": [("batch", 1, True)], "n": 17, "flaky": set(), "poison": set(), "killers": set(),
     "hungry": {8, 9, 13}, "outside": 1, "workers": 1, "chunk_max": 4, "waiting_max": 1,
     "weights": {}, "ran": {8: 0.5}, "left": None, "seconds": 1e-3, "seed": 0,
+    "short": 0.0,
 }  # fmt: skip
 """Sources 14 to 16 and 10 wait beside each other after deaths, and come into one call."""
 
@@ -207,6 +219,7 @@ def test_every_source_ends_as_the_model_says(case: dict[str, Any]) -> None:
                 memory_limit="there is no more",
             ),
             kills=make_kills(case),
+            begins=make_begins(case),
             seconds_per_item=case["seconds"],
             weights=case["weights"],
             ran={source: s for source, s in case["ran"].items() if source < case["n"]},

@@ -15,7 +15,7 @@ from common import CORES, Report, first, second, third, write_rows
 
 FAN, AHEAD = 10, 3
 form = sys.argv[3]
-CHUNK = 10 if form == "slow" else 4096
+CHUNK = 100 if form == "slow" else 4096
 
 
 def packed(rows):

@@ -37,6 +37,7 @@ class ChainCase:
         sources: Any = None,
         sink: Any = "rows",
         mark: Mark | None = None,
+        call_max_s: float = float("inf"),
     ) -> Chain:
         """Return the chain of ``count`` stages from ``first`` on."""
         pipeline = hr.Pipeline(
@@ -53,6 +54,7 @@ class ChainCase:
             worker=worker,
             seconds_left=lambda: 60.0,
             mark=mark,
+            call_max_s=call_max_s,
         )
         end = len(pipeline.stages) if count is None else first + count
         return Chain(pipeline, first=first, stages=pipeline.stages[first:end], place=place)

@@ -68,6 +68,7 @@ class ScriptedPool:
         seconds_per_item: What calls are said to have taken.
         takes: Asked what a call takes, instead; the clock is moved on by it.
         clock: What time it is.
+        begins: Asked how many of its items a call begins, unless its worker was recalled.
         answers: How many calls run before their answers come, the newest first.
         rng: Chooses which worker goes next; without it the first that has a call.
     """
@@ -80,11 +81,13 @@ class ScriptedPool:
     seconds_per_item: float | None = None
     takes: Callable[[Inputs], float] | None = None
     clock: Clock = field(default_factory=Clock)
+    begins: Callable[[Inputs], int] = len
     answers: int = 1
     rng: Random | None = None
     log: list[Submitted] = field(default_factory=list)
     starts: list[WorkerRef] = field(default_factory=list)
     retired: list[WorkerRef] = field(default_factory=list)
+    recalled: list[WorkerRef] = field(default_factory=list)
     oom_deaths: int = 0
     _events: list[Event] = field(default_factory=list)
     _calls: dict[WorkerRef, deque[tuple[int, Inputs, bool]]] = field(
@@ -115,6 +118,15 @@ class ScriptedPool:
         beside = sum(len(calls) for calls in self._calls.values())
         self.log.append(Submitted(call, worker, list(inputs.sources), marked, beside))
         self._calls[worker].append((call, inputs, marked))
+
+    def waiting(self) -> list[Submitted]:
+        """Return the calls that have not run."""
+        calls = {call for held in self._calls.values() for call, _, _ in held}
+        return [submitted for submitted in self.log if submitted.call in calls]
+
+    def recall(self, worker: WorkerRef) -> None:
+        """Have a worker begin nothing more."""
+        self.recalled.append(worker)
 
     def retire(self, worker: WorkerRef) -> None:
         """Drop a worker and its calls."""
@@ -154,9 +166,15 @@ class ScriptedPool:
         chain = self._chains[worker.group]
         coroutine = chain.run(inputs, marked=marked)
         is_async = chain.stages[0].traits.is_async
+        begun = len(inputs) if is_async else self.begins(inputs)
+        begun = 0 if worker in self.recalled else begun
+        if begun < len(inputs):
+            coroutine.close()
+            coroutine = chain.run(inputs.select(range(begun)), marked=marked)
         result = asyncio.run(coroutine) if is_async else run_now(coroutine)
+        result.unbegun = len(inputs) - begun
         if self.seconds_per_item is not None:
-            result.seconds = self.seconds_per_item * len(inputs)
+            result.seconds = self.seconds_per_item * begun
         if self.takes is not None:
             result.seconds = self.takes(inputs)
             self.clock.now += result.seconds

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import time
 import tracemalloc
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 
 import hpcresume as hr
+from hpcresume.engine.calls import Inputs
 from hpcresume.engine.chain import SLICE_ITEMS, Chain
+from hpcresume.engine.mark import Mark
 from hpcresume.errors import StageStartError
 from tests.unit.engine.chains import (
     ChainCase,
@@ -610,8 +614,6 @@ def test_partial_and_closure_are_stages(case: ChainCase) -> None:
 
 def test_marked_calls_name_the_source_while_it_runs(case: ChainCase, tmp_path: Path) -> None:
     """In a marked call the mark says which source runs in which stage, and nothing after it."""
-    from hpcresume.engine.mark import Mark
-
     mark, seen = Mark(str(tmp_path / "mark")), []
 
     def look(x: int) -> int:
@@ -683,3 +685,113 @@ def test_fan_out_of_a_source_that_has_failed_is_closed_at_once(case: ChainCase) 
     result = case.run([pairs, lines, last], ["a"])
     assert ["unreadable"] == [failure.message for failure in result.failures]
     assert ["closed 0", "closed 1"] == log
+
+
+def last(x: int) -> int:
+    """Return the item."""
+    return x
+
+
+class Recalling:
+    """A stage that takes 10 ms an item, and recalls its worker at one of them."""
+
+    def __init__(self, mark: Mark, at: int) -> None:
+        self.mark, self.at, self.seen = mark, at, 0
+
+    def process(self, x: int) -> int:
+        """Return the item."""
+        self.seen += 1
+        if self.seen == self.at:
+            self.mark.recall()
+        time.sleep(0.01)
+        return x
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_recalled_worker_hands_back_what_it_has_not_begun(
+    case: ChainCase, tmp_path: Path, *, marked: bool
+) -> None:
+    """A call ends at its next slice; the sources that it began are complete, the rest is not."""
+    mark = Mark(str(tmp_path / "mark"))
+    stage = Recalling(mark, at=12)
+    chain = case.make([one, stage.process, last], mark=mark)
+    assert 0 == call(chain, records([1]), marked=marked).unbegun
+    given = records([1] * 100, attempts={2: 3, 99: 2})
+    result = call(chain, given, marked=marked)
+    begun = stage.seen - 1
+    assert 12 <= stage.seen <= 22
+    assert (100 - begun, begun) == (result.unbegun, result.completed)
+    assert list(range(begun)) == list(rows(result))
+    assert [begun] * 3 == [count.items_out for count in result.counts]
+    again = call(chain, given, marked=marked)
+    assert (100, 0, None, []) == (again.unbegun, again.completed, again.frame, again.failures)
+    assert begun == stage.seen - 1
+
+
+def test_long_call_hands_back_the_rest(case: ChainCase) -> None:
+    """A call that takes longer than it may ends after a slice, which is at least a batch."""
+
+    sizes: list[int] = []
+
+    class Together(hr.Stage):
+        batch_size = 4
+
+        def process_batch(self, items: Sequence[int]) -> list[int]:
+            sizes.append(len(items))
+            time.sleep(0.06)
+            return list(items)
+
+    chain = case.make([Together], call_max_s=0.1)
+    call(chain, records([0]))
+    sizes.clear()
+    assert (4, 8) == ((found := call(chain, records([7] * 12))).unbegun, found.completed)
+    assert [4, 4] == sizes
+
+
+def test_call_that_makes_much_hands_back_the_rest(case: ChainCase) -> None:
+    """Results are not kept until they no longer fit where they go to."""
+
+    def large(x: int) -> str:
+        time.sleep(0.02)
+        return "x" * (1 << 20)
+
+    chain = case.make([large])
+    call(chain, records([0]))
+    result = call(chain, records([0] * 100))
+    assert result.frame is not None
+    assert 8 <= result.completed <= 14
+    assert 100 == result.completed + result.unbegun
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_call_of_a_later_group_that_ends_early(case: ChainCase, *, marked: bool) -> None:
+    """What comes in blocks goes on in blocks, also where a part of it is handed back."""
+    first = case.make([one, last], count=1)
+    onward = call(first, records(list(range(64))))
+    assert onward.column is not None
+
+    def slow(x: int) -> int:
+        time.sleep(0.01)
+        return x
+
+    later = case.make([one, slow, last], first=1, count=1, call_max_s=0.02)
+    given = Inputs(array("I", range(64)), ids=[f"s{i}" for i in range(64)],
+                   paths=[onward.column[0]] * 64, items=onward.column[1])  # fmt: skip
+    call(later, given.select(range(1)), marked=marked)
+    result = call(later, given, marked=marked)
+    assert 0 < result.unbegun < 64
+    assert result.column is not None
+    assert 64 - result.unbegun == len(result.column[1])
+
+
+def test_items_of_async_stages_are_begun_together(case: ChainCase, tmp_path: Path) -> None:
+    """A recall leaves a call whose items wait beside each other as it is."""
+
+    async def answer(x: int) -> int:
+        return x
+
+    mark = Mark(str(tmp_path / "mark"))
+    mark.recall()
+    chain = case.make([answer], mark=mark, call_max_s=0)
+    result = call(chain, records([1, 2, 3]))
+    assert (0, 3) == (result.unbegun, result.completed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,56 @@ def test_stop_drains_what_is_in_flight(tmp_path: Path) -> None:
     assert 0 < taken < 100
     assert taken == bench.executor.completed == len(bench.outcomes.rows)
     assert {} == bench.outcomes.open
+
+
+def test_stop_recalls_who_begins_sources(tmp_path: Path) -> None:
+    """Sources that workers hold and have not begun are left; what is between groups is not."""
+    bench = Bench(tmp_path, [fan, second], [5] * 100, workers=2, limits=Limits(chunk_max=4))
+    held: set[int] = set()
+
+    def tick() -> bool:
+        calls = bench.pool.waiting()
+        if not held and any(call.worker.group for call in calls):
+            held.update(*(call.sources for call in calls if not call.worker.group))
+            if held:
+                bench.executor.stop()
+                bench.executor.stop()
+        return True
+
+    assert not bench.run(tick)
+    firsts = [ref for ref in bench.pool.starts if ref.group == 0]
+    assert firsts == bench.pool.recalled
+    assert held
+    assert set(bench.feed.taken) - held == bench.outcomes.rows.keys()
+    assert (0, {}) == (bench.executor.in_flight, bench.outcomes.open)
+
+
+@pytest.mark.parametrize("stages", [[one], [fan, second]])
+def test_what_a_call_did_not_begin_is_run_again(tmp_path: Path, stages: list[Any]) -> None:
+    """Each source is begun once and completes once."""
+    bench = Bench(
+        tmp_path, stages, list(range(40)), limits=Limits(chunk_max=8, chunk_target_s=1.0),
+        begins=lambda inputs: max(1, len(inputs) // 3), seconds_per_item=1e-3,
+    )  # fmt: skip
+    assert bench.run()
+    assert list(range(40)) == sorted(bench.outcomes.rows)
+    begun = [
+        call.sources[: max(1, len(call.sources) // 3)]
+        for call in bench.pool.log
+        if call.worker.group == 0
+    ]
+    assert list(range(40)) == sorted(itertools.chain(*begun))
+
+
+def test_call_handed_back_whole_says_nothing_of_its_worker(tmp_path: Path) -> None:
+    """It finished nothing: how long an item takes is not learnt from it."""
+    turns = itertools.count()
+    bench = Bench(
+        tmp_path, [one], list(range(200)), limits=Limits(chunk_target_s=1e-2),
+        begins=lambda inputs: len(inputs) if next(turns) % 2 else 0, seconds_per_item=1e-3,
+    )  # fmt: skip
+    assert bench.run()
+    assert max(bench.sizes()) <= 11
 
 
 def test_stop_starts_no_retries(tmp_path: Path) -> None:
