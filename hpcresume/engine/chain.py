@@ -41,7 +41,7 @@ import cloudpickle
 
 from hpcresume.engine import blocks
 from hpcresume.engine.calls import ChunkResult, Inputs, SlotFailure
-from hpcresume.engine.guard import Running, StageTimeoutError, alarm, reason, user_traceback
+from hpcresume.engine.guard import Alarm, Running, StageTimeoutError, reason, user_traceback
 from hpcresume.engine.mark import Mark
 from hpcresume.engine.packing import make_packer
 from hpcresume.errors import LocalStorageError, PoolUnrecoverable, StageStartError, describe
@@ -148,6 +148,34 @@ class ChainPlace:
     restarts: Path | None = None
     writer: str = ""
     call_max_s: float = float("inf")
+
+
+class _ItemContext(Context):
+    """A context whose ids and seed are made when they are asked for; few stages do."""
+
+    __slots__ = ("_names", "_place", "_stage", "path")
+
+    def __init__(self, call: Call, number: int, slot: int, path: ItemPath) -> None:
+        self._place, self._names = call.place, call.chain.names
+        self._stage, self.path = call.stages[number].name, path
+        self.source_id, self.attempt = call.inputs.source_id(slot), call.inputs.attempt(slot)
+        self._scratch_root, self._seconds_left = call.place.scratch, call.place.seconds_left
+        self._scratch = self._outputs = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Fill a slot that has no value yet."""
+        value: Any
+        if name == "item_id":
+            value = item_id(self.source_id, self._names, self.path)
+        elif name == "seed":
+            value = item_seed(self._place.run_id, self.source_id, self._stage, self.path)
+        elif name == "_outputs_root":
+            root, path = self._place.outputs, encode_path(self.path)
+            value = None if root is None else output_path(str(root), self.source_id, path, "")
+        else:
+            raise AttributeError(f"a context has no {name!r}", name=name, obj=self)
+        setattr(self, name, value)
+        return value
 
 
 class Chain:
@@ -261,6 +289,7 @@ class Call:
         self.chain, self.inputs, self.marked = chain, inputs, marked
         self.stages, self.place = chain.stages, chain.place
         self._is_async = chain.stages[0].traits.is_async
+        self._has_limits = not self._is_async and any(stage.timeout_s for stage in self.stages)
         self._room = max(_DRAW_ITEMS, *(stage.batch_size for stage in chain.stages))
         self.counts = [StageCount(stage.name) for stage in chain.stages]
         self.failures: dict[int, SlotFailure] = {}
@@ -273,6 +302,7 @@ class Call:
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
         self._begun = 0
+        self._alarm = Alarm()
 
     async def run(self) -> ChunkResult:
         return await self.process() or self.finish()
@@ -281,8 +311,9 @@ class Call:
         """Run the stages; return a result only where that is all there is to say of the call."""
         start = time.perf_counter()
         try:
-            for items in self._slices():
-                await self._push(0, items)
+            with self._alarm if self._has_limits else _NOTHING:
+                for items in self._slices():
+                    await self._push(0, items)
         except WorkerBroken as error:
             return ChunkResult(broken=error.reason, seconds=time.perf_counter() - start)
         except PoolUnrecoverable as error:
@@ -436,6 +467,9 @@ class Call:
             await self._take(number, items, 0, answer, out)
             await self._push(number + 1, out)
             return
+        elif not (self._is_async or stage.traits.is_batch):
+            await self._one_by_one(number, items)
+            return
         else:
             source = self._answers(number, items)
         await self._take_all(number, items, source)
@@ -460,9 +494,7 @@ class Call:
         stage = self.stages[number]
         if stage.traits.is_batch:
             return self._batches(number, items)
-        if self._is_async:
-            return self._concurrent(number, items)
-        return self._one_by_one(number, items)
+        return self._concurrent(number, items)
 
     def _note_passed(self, number: int, slots: Sequence[int]) -> None:
         """Note that a stage worked; the last one has only when its rows are encoded."""
@@ -587,10 +619,7 @@ class Call:
             mark.set(source, self.chain.first + number, timeout_s)
         start = time.perf_counter()
         try:
-            if timeout_s is None:
-                return call()
-            with alarm(timeout_s):
-                return call()
+            return call() if timeout_s is None else self._alarm.limit(call, timeout_s)
         except _BEYOND_THE_ITEM:
             raise
         except BaseException as error:
@@ -607,17 +636,31 @@ class Call:
         self.place.worker.check()
         return _Raised(error)
 
-    async def _one_by_one(
-        self, number: int, items: _Items
-    ) -> AsyncGenerator[tuple[int, Any], None]:
-        stage = self.stages[number]
-        for position, (item, slot) in enumerate(zip(items.items, items.slots, strict=True)):
+    async def _one_by_one(self, number: int, items: _Items) -> None:
+        """Run a stage over items one by one, and pass on what it makes as it comes."""
+        stage, count, out = self.stages[number], self.counts[number], _Items()
+        wants_context, timeout_s = stage.traits.wants_context, stage.timeout_s
+        for position, item in enumerate(items.items):
+            slot, path = items.slots[position], items.paths[position]
             if slot in self.failures:
                 continue
-            with self._context(number, slot, items.paths[position]) as context:
+            context = self._make_context(number, slot, path) if wants_context else None
+            try:
                 arguments = (item,) if context is None else (item, context)
                 call = partial(stage.process, *arguments)
-                yield position, self._guarded(number, slot, call, timeout_s=stage.timeout_s)
+                answer = self._guarded(number, slot, call, timeout_s=timeout_s)
+                if isinstance(answer, _SPECIAL):
+                    await self._take(number, items, position, answer, out)
+                else:
+                    count.items_out += 1
+                    self._note_passed(number, (slot,))
+                    out.add(answer, slot, path)
+            finally:
+                if context is not None:
+                    self._end_context(context, slot)
+            if len(out) >= self._room:
+                await self._push(number + 1, out.take())
+        await self._push(number + 1, out)
 
     def _map(self, number: int, function: Callable[[Any], Any], items: _Items) -> list[Any]:
         """Call a plain function on every item at the speed of ``map``."""
@@ -747,30 +790,20 @@ class Call:
             return self._guarded(number, slot, call, timeout_s=stage.timeout_s)
 
     @contextlib.contextmanager
-    def _context(self, number: int, slot: int, path: ItemPath) -> Iterator[Context | None]:
-        stage, place = self.stages[number], self.place
-        if not stage.traits.wants_context:
-            yield None
-            return
-        source_id, path = self.inputs.source_id(slot), self._full(path, number)
-        outputs = None
-        if place.outputs is not None:
-            outputs = output_path(str(place.outputs), source_id, encode_path(path), "")
-        context = Context(
-            source_id=source_id,
-            item_id=item_id(source_id, self.chain.names, path),
-            attempt=self.inputs.attempt(slot),
-            seed=item_seed(place.run_id, source_id, stage.name, path),
-            scratch_root=place.scratch,
-            outputs_root=outputs,
-            seconds_left=place.seconds_left,
-        )
+    def _context(self, number: int, slot: int, path: ItemPath) -> Iterator[Context]:
+        context = self._make_context(number, slot, path)
         try:
             yield context
         finally:
-            if context.outputs:
-                self.files.setdefault(slot, []).extend((path, name) for name in context.outputs)
-            context.close()
+            self._end_context(context, slot)
+
+    def _make_context(self, number: int, slot: int, path: ItemPath) -> _ItemContext:
+        return _ItemContext(self, number, slot, self._full(path, number))
+
+    def _end_context(self, context: _ItemContext, slot: int) -> None:
+        for name in context.outputs:
+            self.files.setdefault(slot, []).append((context.path, name))
+        context.close()
 
     def _fail_at(self, number: int, slot: int, path: ItemPath, error: _Raised | Failed) -> None:
         """Record that a stage failed for an item."""

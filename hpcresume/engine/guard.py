@@ -7,8 +7,9 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, Self
 
 from hpcresume.engine.calls import OUT_OF_MEMORY
 from hpcresume.engine.mark import Mark
@@ -25,27 +26,45 @@ class StageTimeoutError(BaseException):
     """
 
 
-@contextlib.contextmanager
-def alarm(timeout_s: float | None) -> Iterator[None]:
-    """Raise :class:`StageTimeoutError` in the body once it has run for ``timeout_s``.
+class Alarm:
+    """Raises :class:`StageTimeoutError` in calls that run too long, while its body runs.
 
-    Works in the main thread, where Python runs signal handlers; a body that does not return
+    Works in the main thread, where Python runs signal handlers; a call that does not return
     to the interpreter is ended by the driver, which reads the worker's mark.
     """
-    if timeout_s is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def expire(_number: int, _frame: FrameType | None) -> None:
-        raise StageTimeoutError
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._is_heard = self._is_set = False
 
-    before = signal.signal(signal.SIGALRM, expire)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def __enter__(self) -> Self:
+        """Take the signal."""
+        self._is_heard = threading.current_thread() is threading.main_thread()
+        if self._is_heard:
+            self._before = signal.signal(signal.SIGALRM, self._expire)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signal back."""
+        if self._is_heard:
+            signal.signal(signal.SIGALRM, self._before)
+
+    def limit(self, call: Callable[[], Any], timeout_s: float) -> Any:
+        """Return what a call returns; interrupt it after ``timeout_s``."""
+        if not self._is_heard:
+            return call()
+        try:
+            self._is_set = True
+            signal.setitimer(signal.ITIMER_REAL, timeout_s)
+            return call()
+        finally:
+            # The signal may be on its way through another thread, and come late.
+            self._is_set = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _expire(self, _number: int, _frame: FrameType | None) -> None:
+        if self._is_set:
+            raise StageTimeoutError
 
 
 class Running:

@@ -19,6 +19,8 @@ from hpcresume.engine.calls import Inputs
 from hpcresume.engine.chain import SLICE_ITEMS, Chain
 from hpcresume.engine.mark import Mark
 from hpcresume.errors import StageStartError
+from hpcresume.ids import ItemPath
+from hpcresume.pipeline.context import item_seed
 from tests.unit.engine.chains import (
     ChainCase,
     call,
@@ -795,3 +797,19 @@ def test_items_of_async_stages_are_begun_together(case: ChainCase, tmp_path: Pat
     chain = case.make([answer], mark=mark, call_max_s=0)
     result = call(chain, records([1, 2, 3]))
     assert (0, 3) == (result.unbegun, result.completed)
+
+
+def test_context_makes_its_ids_and_seed_when_asked(case: ChainCase) -> None:
+    """They are those of a context made by hand, and stay as they are; nothing else is there."""
+
+    def look(x: int, ctx: hr.Context) -> dict[str, Any]:
+        assert isinstance(ctx, hr.Context)
+        with pytest.raises(AttributeError, match="colour"):
+            ctx.colour  # type: ignore[attr-defined]  # noqa: B018
+        return {"item": ctx.item_id, "seed": ctx.seed, "again": ctx.seed, "source": ctx.source_id,
+                "attempt": ctx.attempt, "left": ctx.seconds_left()}  # fmt: skip
+
+    result = case.run([one, look], [5], attempts={0: 2})
+    seed = item_seed("run", "s0", "look", ItemPath((0,)))
+    assert {0: [{"item": "s0/one.0", "seed": seed, "again": seed, "source": "s0", "attempt": 2,
+                 "left": 60.0}]} == rows(result)  # fmt: skip
