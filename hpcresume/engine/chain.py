@@ -665,14 +665,15 @@ class Call:
     def _map(self, number: int, function: Callable[[Any], Any], items: _Items) -> list[Any]:
         """Call a plain function on every item at the speed of ``map``."""
         answers: list[Any] = []
-        remaining = iter(items.items)
-        if self.marked and self.place.mark is not None:
-            sources = map(self.inputs.sources.__getitem__, items.slots)
-            remaining = self.place.mark.over(remaining, sources, self.chain.first + number)
-        start = time.perf_counter()
+        mark = self.place.mark if self.marked else None
+        remaining, start = iter(items.items), time.perf_counter()
         while len(answers) < len(items):
             try:
-                answers.extend(map(function, remaining))
+                if mark is None:
+                    answers.extend(map(function, remaining))
+                else:
+                    # No variable holds what tells the mark: an exception would keep it alive.
+                    answers.extend(map(function, self._told(mark, number, items, len(answers))))
                 if len(answers) < len(items):
                     # To map() this exception of the function's is the end of the items.
                     answers.append(_Raised(StopIteration("raised by the stage")))
@@ -682,6 +683,13 @@ class Call:
                 answers.append(self._caught(error))
         self.counts[number].seconds += time.perf_counter() - start
         return answers
+
+    def _told(self, mark: Mark, number: int, items: _Items, begin: int) -> Iterator[Any]:
+        """Yield items from one of them on, which the mark is told of."""
+        slots = itertools.islice(items.slots, begin, None)
+        sources = map(self.inputs.sources.__getitem__, slots)
+        remaining = itertools.islice(items.items, begin, None)
+        return mark.over(remaining, sources, self.chain.first + number)
 
     async def _concurrent(
         self, number: int, items: _Items

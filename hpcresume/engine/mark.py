@@ -55,13 +55,15 @@ class Mark:
             fields[0] = fields[1] = fields[2] = 0
 
     def over(self, items: Iterable[ItemT], sources: Iterable[int], stage: int) -> Iterator[ItemT]:
-        """Yield items, and say of each from then on that its source is being worked on."""
+        """Yield items, and say of each that its source is being worked on, until it is closed."""
         fields = self.fields
         fields[1], fields[2] = stage, 0
-        for item, source in zip(items, sources, strict=True):
-            fields[0] = source + 1
-            yield item
-        self.clear()
+        try:
+            for item, source in zip(items, sources, strict=True):
+                fields[0] = source + 1
+                yield item
+        finally:
+            self.clear()
 
     def recall(self) -> None:
         """Ask the worker to hand back what it has not begun, now and from now on."""

@@ -628,6 +628,45 @@ def test_marked_calls_name_the_source_while_it_runs(case: ChainCase, tmp_path: P
     assert (None, 2) == (mark.look().source, result.completed)
 
 
+def test_mark_names_no_source_after_its_exception(case: ChainCase, tmp_path: Path) -> None:
+    """What made items run as they are encoded is not told of a source that failed before."""
+    mark, seen = Mark(str(tmp_path / "mark")), []
+
+    class Looking:
+        def __reduce__(self) -> tuple[Any, ...]:
+            seen.append(mark.look().source)
+            return int, ()
+
+    def fails_last(x: int) -> Looking:
+        if x == 3:
+            raise ValueError(x)
+        return Looking()
+
+    chain = case.make([fails_last, last], count=1, mark=mark)
+    assert [2] == [f.slot for f in call(chain, records([1, 2, 3]), marked=True).failures]
+    assert seen
+    assert {None} == set(seen)
+
+
+def test_exception_between_two_marked_items_fails_one(case: ChainCase, tmp_path: Path) -> None:
+    """A signal's handler that raises while the mark is written does not end all items."""
+    mark = Mark(str(tmp_path / "mark"))
+
+    def interrupt(x: int) -> int:
+        if x == 1:
+            sys.setprofile(raising)
+        return x
+
+    def raising(frame: Any, event: str, _argument: Any) -> None:
+        if frame.f_code.co_name == "over" and event == "call":
+            sys.setprofile(None)
+            raise InterruptedError
+
+    result = case.run([interrupt], [1, 2, 3, 4], mark=mark, marked=True)
+    assert ["InterruptedError"] == [failure.kind for failure in result.failures]
+    assert 3 == result.completed
+
+
 def _peak_bytes(chain: Chain, n: int) -> int:
     tracemalloc.start()
     try:
