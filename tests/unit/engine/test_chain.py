@@ -648,12 +648,14 @@ def test_mark_names_no_source_after_its_exception(case: ChainCase, tmp_path: Pat
     assert {None} == set(seen)
 
 
-def test_exception_between_two_marked_items_fails_one(case: ChainCase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("after", "failed"), [(1, [1]), (4, [])])
+def test_exception_between_marked_items_fails_one(
+    case: ChainCase, tmp_path: Path, after: int, failed: list[int]
+) -> None:
     """A signal's handler that raises while the mark is written does not end all items."""
-    mark = Mark(str(tmp_path / "mark"))
 
     def interrupt(x: int) -> int:
-        if x == 1:
+        if x == after:
             sys.setprofile(raising)
         return x
 
@@ -662,9 +664,11 @@ def test_exception_between_two_marked_items_fails_one(case: ChainCase, tmp_path:
             sys.setprofile(None)
             raise InterruptedError
 
-    result = case.run([interrupt], [1, 2, 3, 4], mark=mark, marked=True)
-    assert ["InterruptedError"] == [failure.kind for failure in result.failures]
-    assert 3 == result.completed
+    chain = case.make([interrupt], mark=Mark(str(tmp_path / "mark")))
+    call(chain, records([0]))
+    result = call(chain, records([1, 2, 3, 4]), marked=True)
+    assert failed == [failure.slot for failure in result.failures]
+    assert 4 - len(failed) == result.completed
 
 
 def _peak_bytes(chain: Chain, n: int) -> int:
