@@ -206,8 +206,11 @@ class Chain:
 
     def slice_items(self) -> int:
         """Return how many inputs go through the stages together: full batches, if it can be."""
-        if not self._seconds_per_input or self.stages[0].traits.is_async:
+        if self.stages[0].traits.is_async:
             return SLICE_ITEMS
+        if not self._seconds_per_input:
+            # A worker that started late begins with a full call: other ones told how long it is.
+            return self._batch
         size = min(SLICE_ITEMS, max(1, int(_SLICE_S / self._seconds_per_input)))
         return -(-size // self._batch) * self._batch
 

@@ -339,7 +339,9 @@ class Doubler(hr.Stage):
 def test_batches_mix_sources(case: ChainCase) -> None:
     """A batch takes the items of several sources, and slot i answers item i."""
     stage = Doubler()
-    result = case.run([fan, stage], [2, 0, 3, 1])
+    chain = case.make([fan, stage])
+    call(chain, records([0]))
+    result = call(chain, records([2, 0, 3, 1]))
     assert [[0, 1, 0], [1, 2, 0]] == stage.seen
     assert {0: [0, 2], 1: [], 2: [0, 2, 4], 3: [0]} == rows(result)
 
@@ -791,6 +793,16 @@ def test_long_call_hands_back_the_rest(case: ChainCase) -> None:
     sizes.clear()
     assert (4, 8) == ((found := call(chain, records([7] * 12))).unbegun, found.completed)
     assert [4, 4] == sizes
+
+
+def test_first_call_of_a_worker_can_end_early(case: ChainCase) -> None:
+    """A worker that does not know yet how long an item takes begins with one."""
+
+    def slow(x: int) -> int:
+        time.sleep(0.02)
+        return x
+
+    assert 0 < call(case.make([slow], call_max_s=0.1), records([0] * 50)).unbegun
 
 
 def test_call_that_makes_much_hands_back_the_rest(case: ChainCase) -> None:
