@@ -304,7 +304,7 @@ class Call:
         self._from_blocks: list[Any] | None = None
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
-        self._begun = 0
+        self._begun = self._counted = self._counted_bytes = 0
         self._alarm = Alarm()
 
     async def run(self) -> ChunkResult:
@@ -333,10 +333,10 @@ class Call:
         """Return about how many bytes the rows or items take that were made."""
         if self._blocks is not None and self._blocks.parts:
             return self._blocks.size_bytes()
-        return sum(
-            len(made) if isinstance(made, bytes) else getattr(made, "nbytes", 0)
-            for made in self.made.items
-        )
+        new = itertools.islice(self.made.items, self._counted, None)
+        self._counted_bytes += sum(map(_size_bytes, new))
+        self._counted = len(self.made)
+        return self._counted_bytes
 
     def join(self, others: Sequence[Call]) -> None:
         """Take in other calls of one item each that are processed, as more items of this one."""
@@ -1009,6 +1009,16 @@ def _child_paths(parent: ItemPath, n: int, count: int) -> list[ItemPath]:
 def _first_children(parent: ItemPath, count: int) -> list[ItemPath]:
     """Return the paths of a path's first children, which all sources share."""
     return [ItemPath((*parent, k)) for k in range(count)]
+
+
+def _size_bytes(made: Any) -> int:
+    """Return about how many bytes a row or item takes; a row for Parquet has columns."""
+    if isinstance(made, dict):
+        return sum(map(_size_bytes, made.values()))
+    if isinstance(made, (bytes, str)):
+        return len(made)
+    size: int = getattr(made, "nbytes", 0)
+    return size
 
 
 def _travelling(rows: list[Any]) -> list[bytes]:

@@ -51,6 +51,7 @@ class ChainCase:
             run_id="run",
             scratch=self.directory / "scratch",
             outputs=self.directory / "outputs",
+            parts=str(self.directory),
             worker=worker,
             seconds_left=lambda: 60.0,
             mark=mark,

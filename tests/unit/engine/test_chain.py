@@ -805,14 +805,15 @@ def test_first_call_of_a_worker_can_end_early(case: ChainCase) -> None:
     assert 0 < call(case.make([slow], call_max_s=0.1), records([0] * 50)).unbegun
 
 
-def test_call_that_makes_much_hands_back_the_rest(case: ChainCase) -> None:
+@pytest.mark.parametrize("sink", ["rows", hr.Parts("parquet")])
+def test_call_that_makes_much_hands_back_the_rest(case: ChainCase, sink: Any) -> None:
     """Results are not kept until they no longer fit where they go to."""
 
-    def large(x: int) -> str:
+    def large(x: int) -> dict[str, str]:
         time.sleep(0.02)
-        return "x" * (1 << 20)
+        return {"x": "x" * (1 << 20)}
 
-    chain = case.make([large])
+    chain = case.make([large], sink=sink)
     call(chain, records([0]))
     result = call(chain, records([0] * 100))
     assert result.frame is not None
