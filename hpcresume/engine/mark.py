@@ -41,7 +41,8 @@ class Mark:
     def __init__(self, path: str) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, 8 * _FIELDS)
+            # Who writes to a page that a full disk has no room for is killed.
+            os.posix_fallocate(fd, 0, 8 * _FIELDS)
             self._map = mmap.mmap(fd, 8 * _FIELDS)
         finally:
             os.close(fd)

@@ -630,6 +630,13 @@ def test_marked_calls_name_the_source_while_it_runs(case: ChainCase, tmp_path: P
     assert (None, 2) == (mark.look().source, result.completed)
 
 
+def test_mark_has_its_place_on_the_disk(tmp_path: Path) -> None:
+    """The driver recalls a worker also where the disk is full by then."""
+    path = tmp_path / "mark"
+    Mark(str(path))
+    assert 0 < path.stat().st_blocks
+
+
 def test_mark_names_no_source_after_its_exception(case: ChainCase, tmp_path: Path) -> None:
     """What made items run as they are encoded is not told of a source that failed before."""
     mark, seen = Mark(str(tmp_path / "mark")), []
