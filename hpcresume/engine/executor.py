@@ -478,8 +478,8 @@ class Executor:
         (chunk,) = chunks
         weight = chunk.inputs.total_weight()
         if weight > 0:
-            # Of a batch, every source takes as long as all of it.
-            shared = len(chunk) if state.group.batch_size > 1 else 1
+            # Of a batch, every source takes as long as all of it; a call may hold many.
+            shared = min(len(chunk), state.group.batch_size)
             pace.note(result.seconds * shared / weight, result.completed)
 
     def _account(self, chunk: Chunk, result: ChunkResult) -> None:

@@ -438,6 +438,23 @@ def test_what_a_call_did_not_begin_is_run_again(tmp_path: Path, stages: list[Any
     assert list(range(40)) == sorted(itertools.chain(*begun))
 
 
+def test_sources_in_batches_are_paced_by_their_batch(tmp_path: Path) -> None:
+    """A source takes as long as its batch, however many of them a call holds."""
+
+    class Together(hr.Stage):
+        batch_size = 8
+
+        def process_batch(self, batch: list[int]) -> list[int]:
+            return batch
+
+    bench = Bench(
+        tmp_path, [Together], [0] * 2000, limits=Limits(chunk_target_s=1.0), seconds_per_item=1e-3
+    )
+    assert bench.run()
+    assert max(bench.sizes()) > 100
+    assert 0.008 <= bench.executor._admission.pace.likely() < 0.0101
+
+
 def test_call_handed_back_whole_says_nothing_of_its_worker(tmp_path: Path) -> None:
     """It finished nothing: how long an item takes is not learnt from it."""
     turns = itertools.count()
