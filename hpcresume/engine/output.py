@@ -81,3 +81,10 @@ def join(address: str) -> None:
         # Ray's streams write the parts of a line one by one: those of others come between.
         stream = open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115  # lives as long as the process
         setattr(sys, name, stream)
+
+
+def leave() -> None:
+    """Hand on the beginnings of lines; a worker is killed in the end, which loses them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a stage may have closed or replaced it
+            stream.flush()

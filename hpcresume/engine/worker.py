@@ -134,6 +134,7 @@ class StageWorker:
         """Tear the stages down."""
         if self._chain is not None:
             self._chain.teardown()
+        output.leave()
 
 
 class AsyncStageWorker(StageWorker):

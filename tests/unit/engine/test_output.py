@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcresume.engine.worker import StageWorker
+
 WORKER = """
 import os, subprocess, sys
 from hpcresume.engine.output import join
@@ -53,6 +55,20 @@ def test_all_lines_arrive_whole(lines: int) -> None:
     out = done.stdout.splitlines()
     assert sorted(["of a child", *(f"out {n}" for n in range(lines))] * 2) == sorted(out)
     assert sorted([f"err {n}" for n in range(lines)] * 2) == sorted(done.stderr.splitlines())
+
+
+def test_beginning_of_a_line_is_handed_on_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that has stopped keeps nothing back, also where a stage closed a stream."""
+    path = tmp_path / "log"
+    with path.open("w") as log, path.open() as closed:
+        closed.close()
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "stderr", log)
+        print("not a whole line", end="", file=sys.stderr)
+        StageWorker(None).stop()  # type: ignore[arg-type]
+        assert "not a whole line" == path.read_text()
 
 
 def test_log_that_takes_no_more_stops_nobody() -> None:
