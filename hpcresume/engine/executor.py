@@ -54,6 +54,7 @@ MAX_STARTS_WITHOUT_WORK = 3
 _CALL_BYTES = 1 << 20
 _ROWS = RowsPacker()
 _QUEUE_AHEAD_S = 0.05
+_BROKEN_PARTS = 4
 _ASYNC_CALL_S = 0.02
 """Items that wait for an answer beside each other are told together: one may wait for ever."""
 
@@ -504,9 +505,21 @@ class Executor:
         for call, other in reversed(self._take_calls(worker)):
             self._listener.ended(call)
             state.enqueue(other, front=True)
-        state.enqueue(chunk, front=True)
+        for part in reversed(self._in_parts(state, chunk)):
+            state.enqueue(part, front=True)
         self._pool.retire(worker.ref)
         self._restart(state, worker, reason)
+
+    def _in_parts(self, state: GroupState, chunk: Chunk) -> list[Chunk]:
+        """Cut the call of a broken worker: what breaks often would never finish it whole."""
+        if state.group.is_async:
+            return [chunk]
+        size = max(-(-len(chunk) // _BROKEN_PARTS), state.group.batch_size)
+        parts = [range(len(chunk))[at : at + size] for at in range(0, len(chunk), size)]
+        return [
+            dataclasses.replace(chunk, inputs=chunk.inputs.select(part), isolated=True)
+            for part in parts
+        ]
 
     def _take_calls(self, worker: WorkerState) -> list[tuple[int, Chunk]]:
         """Take all its calls from a worker, and return them, oldest first."""

@@ -701,6 +701,23 @@ def test_broken_worker_is_replaced_and_charges_nobody(tmp_path: Path) -> None:
     assert {} == bench.outcomes.open
 
 
+def test_worker_that_breaks_within_every_call_gets_on(tmp_path: Path) -> None:
+    """However many items a call holds: a worker that breaks after some of them finishes others."""
+    seen: list[int] = []
+
+    def stage(x: int) -> Any:
+        seen.append(x)
+        return x if len(seen) < 15 else hr.WorkerBroken("server gone")
+
+    bench = Bench(
+        tmp_path, [stage], [0] * 500, limits=Limits(chunk_target_s=1.0), seconds_per_item=0.01,
+        fails_to_start=lambda _worker: seen.clear(),
+    )  # fmt: skip
+    assert bench.run()
+    assert ([], 500) == (bench.outcomes.failures, bench.executor.completed)
+    assert ({}, 0) == (bench.outcomes.open, bench.executor.in_flight)
+
+
 def test_always_broken_worker_stops(tmp_path: Path) -> None:
     """Broken three times without a source done in between, the stage cannot start."""
     bench = Bench(tmp_path, [lambda _x: hr.WorkerBroken("server gone")], [0] * 9)
