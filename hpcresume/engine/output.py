@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import stat
 import sys
 import threading
 import time
@@ -72,12 +73,22 @@ class OutputRelay:
 
 
 def join(address: str) -> None:
-    """Let this process and what it starts write to a relay's pipes, line by line."""
+    """Let this process and what it starts write to a relay's pipes, line by line.
+
+    Raises:
+        OSError: The relay is closed.
+    """
     pid, *ends = address.split()
     for fd, end, name in zip((1, 2), ends, ("stdout", "stderr"), strict=True):
         getattr(sys, name).flush()
-        with open(f"/proc/{pid}/fd/{end}", "wb", buffering=0) as pipe:
-            os.dup2(pipe.fileno(), fd)
+        pipe = os.open(f"/proc/{pid}/fd/{end}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            # Who comes after the relay's end may find some file of the driver's there.
+            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                raise BrokenPipeError(f"there is no relay at {address!r}")
+            os.dup2(pipe, fd)
+        finally:
+            os.close(pipe)
         # Ray's streams write the parts of a line one by one: those of others come between.
         stream = open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115  # lives as long as the process
         setattr(sys, name, stream)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcresume.engine.output import join
 from hpcresume.engine.worker import StageWorker
 
 WORKER = """
@@ -69,6 +70,17 @@ def test_beginning_of_a_line_is_handed_on_at_the_end(
         print("not a whole line", end="", file=sys.stderr)
         StageWorker(None).stop()  # type: ignore[arg-type]
         assert "not a whole line" == path.read_text()
+
+
+def test_who_comes_too_late_leaves_the_drivers_files_as_they_are(tmp_path: Path) -> None:
+    """Where the relay's pipes were there may be anything, by the time a worker starts."""
+    path = tmp_path / "ledger"
+    path.write_text("kept")
+    with path.open("r+") as ledger:
+        number = ledger.fileno()
+        with pytest.raises(BrokenPipeError):
+            join(f"{os.getpid()} {number} {number}")
+    assert "kept" == path.read_text()
 
 
 def test_log_that_takes_no_more_stops_nobody() -> None:
