@@ -372,6 +372,7 @@ class Executor:
         is_async = state.group.is_async
         target = min(_ASYNC_CALL_S, limits.chunk_target_s) if is_async else limits.chunk_target_s
         size = int(target / per_item) if per_item else 1
+        size = min(size, state.items_max or size)
         return max(
             1, min(size, spread, limits.chunk_max), min(state.group.batch_size, limits.chunk_max)
         )
@@ -420,8 +421,12 @@ class Executor:
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
+        if state.items_max:
+            doubled = 2 * state.items_max
+            state.items_max = doubled if doubled < self._limits.chunk_max else 0
         if result.unbegun:
             chunks = [chunk] = [self._take_back(state, chunk, result.unbegun)]
+            state.items_max = len(chunk)
         if result.unrecoverable is not None:
             raise StageBrokenError(
                 state.group.name,

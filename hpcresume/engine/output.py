@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import stat
 import sys
@@ -15,11 +16,17 @@ import threading
 import time
 
 _READ_BYTES = 1 << 16
+_HELD_BYTES = 16 << 20
+_PATIENCE_S = 2.0
 _CLOSE_S = 1.0
 
 
 class OutputRelay:
-    """Two pipes for the workers to write to, and a thread that hands on what comes.
+    """Two pipes for the workers to write to, and threads that hand on what comes.
+
+    What a log does not take at once is held.  Workers wait for one that is slow; for one that
+    hangs they do not, since that would look like stages which run past their time: what they
+    print is dropped until it goes on.
 
     Attributes:
         address: Where a worker of this node finds the pipes, for :func:`join`.
@@ -33,10 +40,17 @@ class OutputRelay:
         self.address = f"{os.getpid()} {out[1]} {err[1]}"
         for reading in self._targets:
             os.set_blocking(reading, False)
-        self._thread = threading.Thread(target=self._relay, name="stage-output", daemon=True)
-        self._thread.start()
+        self._changed = threading.Condition()
+        self._held: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+        self._dropped, self._hangs, self._ended = {1: 0, 2: 0}, False, False
+        self._threads = [
+            threading.Thread(target=target, name="stage-output", daemon=True)
+            for target in (self._read, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _relay(self) -> None:
+    def _read(self) -> None:
         with selectors.DefaultSelector() as selector:
             for reading in (*self._targets, self._told):
                 selector.register(reading, selectors.EVENT_READ)
@@ -46,30 +60,71 @@ class OutputRelay:
                 closing = self._told in ready
                 for reading in ready:
                     if reading in self._targets:
-                        self._hand_on(reading)
+                        self._take(reading)
             until = time.monotonic() + _CLOSE_S
             # Something that a stage left behind may write for ever.
-            while time.monotonic() < until and any(map(self._hand_on, self._targets)):
+            while time.monotonic() < until and any(map(self._take, self._targets)):
                 pass
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
-    def _hand_on(self, reading: int) -> bool:
-        """Write on what has come; return whether anything had."""
+    def _take(self, reading: int) -> bool:
+        """Hold what has come; return whether anything had."""
         try:
-            data = memoryview(os.read(reading, _READ_BYTES))
+            data = os.read(reading, _READ_BYTES)
         except BlockingIOError:
             return False
-        with contextlib.suppress(OSError):  # a log that takes no more must not stop the work
-            while data:
-                data = data[os.write(self._targets[reading], data) :]
+        target = self._targets[reading]
+        held = self._held[target]
+        with self._changed:
+            if not self._hangs:
+                self._hangs = not self._changed.wait_for(
+                    lambda: len(held) < _HELD_BYTES, _PATIENCE_S
+                )
+            if len(held) < _HELD_BYTES:
+                held += data
+                self._changed.notify_all()
+            else:
+                self._dropped[target] += len(data)
         return True
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or any(self._held.values()))
+                if not any(self._held.values()):
+                    return
+                taken = {target: bytes(held) for target, held in self._held.items()}
+                for held in self._held.values():
+                    held.clear()
+                self._hangs = False
+                self._changed.notify_all()
+                for target, count in self._dropped.items():
+                    if count:
+                        taken[target] += b"hpcresume: the log hung; %d bytes are lost\n" % count
+                        self._dropped[target] = 0
+            for target, data in taken.items():
+                with contextlib.suppress(OSError):  # as where the log's disk is full
+                    _write_all(target, data)
 
     def close(self) -> None:
         """Hand on the rest, and end."""
         os.write(self._tell, b".")
-        self._thread.join(2 * _CLOSE_S)
-        if not self._thread.is_alive():
+        for thread in self._threads:
+            thread.join(2 * _CLOSE_S)
+        if not any(thread.is_alive() for thread in self._threads):
             for end in self._ends:
                 os.close(end)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            select.select((), (fd,), ())
 
 
 def join(address: str) -> None:

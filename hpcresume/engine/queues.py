@@ -95,6 +95,7 @@ class GroupState:
         queue: The chunks that wait.
         waiting: Items in them.
         waiting_bytes: Their size.
+        items_max: Most items of a call, after calls that handed some back; 0: no limit.
         seconds_per_item: What an item takes in a worker, most recent calls counting most;
             0 where that is not known yet.
     """
@@ -105,6 +106,7 @@ class GroupState:
     queue: deque[Chunk] = field(default_factory=deque)
     waiting: int = 0
     waiting_bytes: int = 0
+    items_max: int = 0
     seconds_per_item: float = 0.0
 
     def enqueue(self, chunk: Chunk, *, front: bool = False) -> None:

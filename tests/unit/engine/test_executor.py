@@ -455,6 +455,18 @@ def test_sources_in_batches_are_paced_by_their_batch(tmp_path: Path) -> None:
     assert 0.008 <= bench.executor._admission.pace.likely() < 0.0101
 
 
+@pytest.mark.parametrize(("cuts", "most"), [(1000, 16), (3, 40)])
+def test_calls_hold_what_those_before_them_began(tmp_path: Path, cuts: int, most: int) -> None:
+    """Where calls begin 4 of their items, the next ones hold little more, until some do."""
+    short = iter([4] * cuts)
+    bench = Bench(
+        tmp_path, [one], list(range(400)), limits=Limits(chunk_target_s=1.0, chunk_max=40),
+        begins=lambda inputs: min(next(short, len(inputs)), len(inputs)), seconds_per_item=1e-3,
+    )  # fmt: skip
+    assert bench.run()
+    assert most == max(bench.sizes()[5:])
+
+
 def test_call_handed_back_whole_says_nothing_of_its_worker(tmp_path: Path) -> None:
     """It finished nothing: how long an item takes is not learnt from it."""
     turns = itertools.count()

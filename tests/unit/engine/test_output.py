@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,51 @@ def test_log_that_takes_no_more_stops_nobody() -> None:
     finally:
         os.close(full)
     assert 0 == done.returncode, done.stderr
+
+
+HUNG = """
+import os, subprocess, sys, time
+from hpcresume.engine.output import OutputRelay
+relay = OutputRelay()
+pid, out, _ = relay.address.split()
+writer = "import sys; print('x' * 99, file=sys.stderr); [print('y' * 99) for _ in range(400_000)]"
+start = time.monotonic()
+with open(f"/proc/{pid}/fd/{out}", "wb") as pipe:
+    subprocess.run([sys.executable, "-c", writer], stdout=pipe, check=True)
+assert time.monotonic() - start < 30
+print("goes on", file=sys.stderr, flush=True)
+sys.stdin.readline()
+relay.close()
+"""
+
+
+def test_hung_log_holds_nobody_up_and_says_what_is_lost() -> None:
+    """Workers go on printing 40 MB into a log that takes nothing; it tells of it afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUNG], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "goes on\n":
+            break
+    out, err = process.communicate("\n", timeout=60)
+    assert 0 == process.returncode, err
+    lost = re.search(r"hpcresume: the log hung; (\d+) bytes are lost\n", out)
+    assert lost is not None
+    assert 400_000 * 100 == len(out) - len(lost[0]) + int(lost[1])
+
+
+def test_log_that_does_not_block_gets_everything() -> None:
+    """Where the driver's stream is set not to block, what it cannot take yet comes later."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen([sys.executable, "-c", DRIVER, WORKER, "20000"], stdout=writing,
+                          stderr=subprocess.DEVNULL) as driver:  # fmt: skip
+        os.close(writing)
+        with open(reading) as file:
+            lines = file.read().splitlines()
+    assert (0, 2 * 20_001) == (driver.returncode, len(lines))
 
 
 def test_who_writes_for_ever_does_not_keep_the_driver(tmp_path: Path) -> None:
