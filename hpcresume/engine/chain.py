@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import GeneratorType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import cloudpickle
 
@@ -151,26 +151,37 @@ class ChainPlace:
 
 
 class _ItemContext(Context):
-    """A context whose ids and seed are made when they are asked for; few stages do."""
+    """A context whose ids and seed are made when they are asked for; few stages do.
 
-    __slots__ = ("_names", "_place", "_stage", "path")
+    Left as a context manager, it notes the files of its item and is closed.
+    """
+
+    __slots__ = ("_files", "_names", "_path", "_place", "_slot", "_stage")
 
     def __init__(self, call: Call, number: int, slot: int, path: ItemPath) -> None:
-        self._place, self._names = call.place, call.chain.names
-        self._stage, self.path = call.stages[number].name, path
+        self._place, self._names, self._files = call.place, call.chain.names, call.files
+        self._stage, self._path, self._slot = call.stages[number].name, path, slot
         self.source_id, self.attempt = call.inputs.source_id(slot), call.inputs.attempt(slot)
         self._scratch_root, self._seconds_left = call.place.scratch, call.place.seconds_left
         self._scratch = self._outputs = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.outputs:
+            self._files.setdefault(self._slot, []).append((self._path, name))
+        self.close()
 
     def __getattr__(self, name: str) -> Any:
         """Fill a slot that has no value yet."""
         value: Any
         if name == "item_id":
-            value = item_id(self.source_id, self._names, self.path)
+            value = item_id(self.source_id, self._names, self._path)
         elif name == "seed":
-            value = item_seed(self._place.run_id, self.source_id, self._stage, self.path)
+            value = item_seed(self._place.run_id, self.source_id, self._stage, self._path)
         elif name == "_outputs_root":
-            root, path = self._place.outputs, encode_path(self.path)
+            root, path = self._place.outputs, encode_path(self._path)
             value = None if root is None else output_path(str(root), self.source_id, path, "")
         else:
             raise AttributeError(f"a context has no {name!r}", name=name, obj=self)
@@ -201,6 +212,7 @@ class Chain:
         self.running = Running(place.mark)
         self.packer = make_packer(pipeline.sink, place.parts, place.writer)
         self._peak_mib, self._peak_until = 0, 0.0
+        self.alarm, self.has_limits = Alarm(), any(stage.timeout_s for stage in stages)
         self._batch = max(stage.batch_size for stage in stages)
         self._seconds_per_input = 0.0
 
@@ -292,7 +304,6 @@ class Call:
         self.chain, self.inputs, self.marked = chain, inputs, marked
         self.stages, self.place = chain.stages, chain.place
         self._is_async = chain.stages[0].traits.is_async
-        self._has_limits = not self._is_async and any(stage.timeout_s for stage in self.stages)
         self._room = max(_DRAW_ITEMS, *(stage.batch_size for stage in chain.stages))
         self.counts = [StageCount(stage.name) for stage in chain.stages]
         self.failures: dict[int, SlotFailure] = {}
@@ -305,7 +316,6 @@ class Call:
         self.took: list[float] = []
         self.files: dict[int, list[tuple[ItemPath, str]]] = {}
         self._begun = self._counted = self._counted_bytes = 0
-        self._alarm = Alarm()
 
     async def run(self) -> ChunkResult:
         return await self.process() or self.finish()
@@ -314,7 +324,7 @@ class Call:
         """Run the stages; return a result only where that is all there is to say of the call."""
         start = time.perf_counter()
         try:
-            with self._alarm if self._has_limits else _NOTHING:
+            with self.chain.alarm if self.chain.has_limits else _NOTHING:
                 for items in self._slices():
                     await self._push(0, items)
         except WorkerBroken as error:
@@ -453,29 +463,27 @@ class Call:
             return
         self.counts[number].items_in += len(items)
         stage = self.stages[number]
-        if not (stage.traits.is_batch or self._is_async or self._is_guarded(stage)):
+        if stage.traits.is_batch:
+            await self._take_all(number, items, self._batches(number, items))
+        elif self._is_async and len(items) == 1:
+            # One that runs beside many others of its kind: no task and no generator of its own.
+            out, answer = _Items(), await self._one_async(number, items, 0)
+            await self._take(number, items, 0, answer, out)
+            await self._push(number + 1, out)
+        elif self._is_async:
+            await self._take_all(number, items, self._concurrent(number, items))
+        elif stage.traits.wants_context or stage.timeout_s:
+            await self._one_by_one(number, items)
+        else:
             answers = self._map(number, stage.process, items)
             if _are_plain(answers):
                 self.counts[number].items_out += len(answers)
                 self._note_passed(number, items.slots)
                 await self._push(number + 1, _Items(answers, items.slots, items.paths))
-                return
-            if set(map(type, answers)) == {GeneratorType} and not self.marked:
+            elif set(map(type, answers)) == {GeneratorType} and not self.marked:
                 await self._fan_out_all(number, items, answers)
-                return
-            source = _with_positions(answers)
-        elif self._is_async and len(items) == 1 and not stage.traits.is_batch:
-            # One that runs beside many others of its kind: no task and no generator of its own.
-            out, answer = _Items(), await self._one_async(number, items, 0)
-            await self._take(number, items, 0, answer, out)
-            await self._push(number + 1, out)
-            return
-        elif not (self._is_async or stage.traits.is_batch):
-            await self._one_by_one(number, items)
-            return
-        else:
-            source = self._answers(number, items)
-        await self._take_all(number, items, source)
+            else:
+                await self._take_all(number, items, _with_positions(answers))
 
     async def _take_all(
         self, number: int, items: _Items, source: AsyncGenerator[tuple[int, Any], None]
@@ -488,16 +496,6 @@ class Call:
                 if len(out) >= self._room:
                     await self._push(number + 1, out.take())
         await self._push(number + 1, out)
-
-    def _is_guarded(self, stage: Stage) -> bool:
-        return bool(stage.traits.wants_context or stage.timeout_s)
-
-    def _answers(self, number: int, items: _Items) -> AsyncGenerator[tuple[int, Any], None]:
-        """Yield position and answer for the items that a stage was given, in order."""
-        stage = self.stages[number]
-        if stage.traits.is_batch:
-            return self._batches(number, items)
-        return self._concurrent(number, items)
 
     def _note_passed(self, number: int, slots: Sequence[int]) -> None:
         """Note that a stage worked; the last one has only when its rows are encoded."""
@@ -622,7 +620,7 @@ class Call:
             mark.set(source, self.chain.first + number, timeout_s)
         start = time.perf_counter()
         try:
-            return call() if timeout_s is None else self._alarm.limit(call, timeout_s)
+            return call() if timeout_s is None else self.chain.alarm.limit(call, timeout_s)
         except _BEYOND_THE_ITEM:
             raise
         except BaseException as error:
@@ -641,26 +639,17 @@ class Call:
 
     async def _one_by_one(self, number: int, items: _Items) -> None:
         """Run a stage over items one by one, and pass on what it makes as it comes."""
-        stage, count, out = self.stages[number], self.counts[number], _Items()
+        stage, out = self.stages[number], _Items()
         wants_context, timeout_s = stage.traits.wants_context, stage.timeout_s
         for position, item in enumerate(items.items):
             slot, path = items.slots[position], items.paths[position]
             if slot in self.failures:
                 continue
-            context = self._make_context(number, slot, path) if wants_context else None
-            try:
+            with self._context(number, slot, path) if wants_context else _NOTHING as context:
                 arguments = (item,) if context is None else (item, context)
                 call = partial(stage.process, *arguments)
                 answer = self._guarded(number, slot, call, timeout_s=timeout_s)
-                if isinstance(answer, _SPECIAL):
-                    await self._take(number, items, position, answer, out)
-                else:
-                    count.items_out += 1
-                    self._note_passed(number, (slot,))
-                    out.add(answer, slot, path)
-            finally:
-                if context is not None:
-                    self._end_context(context, slot)
+                await self._take(number, items, position, answer, out)
             if len(out) >= self._room:
                 await self._push(number + 1, out.take())
         await self._push(number + 1, out)
@@ -802,21 +791,8 @@ class Call:
                     return await self._guarded_async(number, slot, call)
             return self._guarded(number, slot, call, timeout_s=stage.timeout_s)
 
-    @contextlib.contextmanager
-    def _context(self, number: int, slot: int, path: ItemPath) -> Iterator[Context]:
-        context = self._make_context(number, slot, path)
-        try:
-            yield context
-        finally:
-            self._end_context(context, slot)
-
-    def _make_context(self, number: int, slot: int, path: ItemPath) -> _ItemContext:
+    def _context(self, number: int, slot: int, path: ItemPath) -> _ItemContext:
         return _ItemContext(self, number, slot, self._full(path, number))
-
-    def _end_context(self, context: _ItemContext, slot: int) -> None:
-        for name in context.outputs:
-            self.files.setdefault(slot, []).append((context.path, name))
-        context.close()
 
     def _fail_at(self, number: int, slot: int, path: ItemPath, error: _Raised | Failed) -> None:
         """Record that a stage failed for an item."""

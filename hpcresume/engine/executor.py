@@ -369,9 +369,8 @@ class Executor:
         reaching = self._groups[1 : state.group.number + 1]
         left = self._admission.left() + sum(before.waiting for before in reaching)
         spread = -(-left // (4 * len(state.workers)))
-        is_async = state.group.is_async
-        target = min(_ASYNC_CALL_S, limits.chunk_target_s) if is_async else limits.chunk_target_s
-        size = int(target / per_item) if per_item else 1
+        most_s = _ASYNC_CALL_S if state.group.is_async else self._pool.call_most_s
+        size = int(min(most_s, limits.chunk_target_s) / per_item) if per_item else 1
         size = min(size, state.items_max or size)
         return max(
             1, min(size, spread, limits.chunk_max), min(state.group.batch_size, limits.chunk_max)
@@ -421,12 +420,12 @@ class Executor:
         if event.result.refused is not None:
             raise LocalStorageError(event.result.refused)
         state, result = self._groups[chunk.group], event.result
-        if state.items_max:
-            doubled = 2 * state.items_max
-            state.items_max = doubled if doubled < self._limits.chunk_max else 0
         if result.unbegun:
             chunks = [chunk] = [self._take_back(state, chunk, result.unbegun)]
             state.items_max = len(chunk)
+        elif state.items_max:
+            doubled = 2 * state.items_max
+            state.items_max = doubled if doubled < self._limits.chunk_max else 0
         if result.unrecoverable is not None:
             raise StageBrokenError(
                 state.group.name,

@@ -21,8 +21,6 @@ from hpcresume.pipeline.context import Worker
 from hpcresume.pipeline.pipeline import Pipeline
 
 ResultT = TypeVar("ResultT")
-INLINE_CALL_S = 0.1
-"""Work in one call of :class:`InlinePool`: while it runs nobody else is served."""
 _GATHER_S = 0.05
 _BEGIN_MAX = 4
 _FRAME_BYTES = 8 << 20
@@ -105,9 +103,11 @@ class Pool(Protocol):
 
     Attributes:
         oom_deaths: Workers that the kernel has killed because memory ran out.
+        call_most_s: Most work that one call is to hold, whatever the settings say.
     """
 
     oom_deaths: int
+    call_most_s: float
 
     def start(self, worker: WorkerRef) -> None:
         """Begin to start a worker; ``Started`` or ``StartFailed`` follows."""
@@ -135,6 +135,9 @@ class InlinePool:
     Those of async stages run side by side on an event loop in a thread of its own, unless
     somebody wants to look at errors where they happen.
     """
+
+    # While a call runs nobody else is served.
+    call_most_s = 0.1
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ class RayPool:
         check: Called at every wait; raises when Ray itself is gone.
         memory: Counts what the kernel killed because memory ran out; None: nobody knows.
     """
+
+    call_most_s = math.inf
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from hpcresume.config import Settings, load_settings
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.packing import make_driver_packer
-from hpcresume.engine.pool import INLINE_CALL_S, EngineDiedError, InlinePool, Pool
+from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
 from hpcresume.errors import PipelineError, UsageError
@@ -284,11 +284,8 @@ class _Bench:
 
     def _executor(self, groups: list[Group], pool: Pool, settings: Settings) -> Executor:
         task = settings.task
-        most_s = INLINE_CALL_S if self.engine == "inline" else task.chunk_target_s
         limits = Limits(
-            max_attempts=1,
-            chunk_target_s=min(most_s, task.chunk_target_s),
-            chunk_max=task.chunk_max_sources,
+            max_attempts=1, chunk_target_s=task.chunk_target_s, chunk_max=task.chunk_max_sources
         )
         has_sink = self.pipeline.sink is not None
         feed = SampleFeed(self.sample)

@@ -24,7 +24,7 @@ from hpcresume.deadline import seconds_left
 from hpcresume.engine.executor import Executor, Limits, StageBrokenError
 from hpcresume.engine.groups import Group, make_groups
 from hpcresume.engine.packing import make_driver_packer
-from hpcresume.engine.pool import INLINE_CALL_S, EngineDiedError, InlinePool, Pool
+from hpcresume.engine.pool import EngineDiedError, InlinePool, Pool
 from hpcresume.engine.ray_environment import prepare_environment
 from hpcresume.engine.worker import WorkerSetup
 from hpcresume.errors import (
@@ -73,6 +73,7 @@ _START_SLOT_S = 15.0
 _COLLECT_AFTER = 20_000
 """New objects before the garbage collector looks at the young ones."""
 _OVERLONG = 2.0
+"""Times its work that a call may take before it hands back what it has not begun."""
 _STOPPED = "stopped before the shard was settled"
 _NO_TIME = "no source that is left is expected to finish within the time limit"
 
@@ -127,8 +128,6 @@ class Driver:
 
     def __init__(self, spec: AttemptSpec, work: Work, channel: Channel) -> None:
         self._spec, self._work, self._channel = spec, work, channel
-        most_s = INLINE_CALL_S if spec.engine == "inline" else spec.chunk_target_s
-        self._call_s = min(most_s, spec.chunk_target_s)
         self._deadline: float | None = None
         self._told_ready = False
         self._start = time.monotonic()
@@ -222,7 +221,7 @@ class Driver:
             self._listener,
             Limits(
                 max_attempts=spec.max_attempts,
-                chunk_target_s=self._call_s,
+                chunk_target_s=spec.chunk_target_s,
                 chunk_max=spec.chunk_max,
                 memory_mib=spec.memory_mib,
                 memory_limit=spec.memory_limit,
@@ -274,7 +273,7 @@ class Driver:
                 output=output,
                 local=spec.local,
                 restarts=run.restarts,
-                call_max_s=_OVERLONG * self._call_s,
+                call_max_s=_OVERLONG * spec.chunk_target_s,
             )
 
         return RayPool(

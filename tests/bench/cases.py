@@ -212,9 +212,7 @@ class Bench:
         group, n = "sources of 10 ms of a core", self.sizes.slow
         ideal = n * 0.01 / self.cores
 
-        def of_ideal(
-            measured: Callable[[Path], Measured],
-        ) -> Callable[[Path], Measured]:
+        def of_ideal(measured: Callable[[Path], Measured]) -> Callable[[Path], Measured]:
             def measure(directory: Path) -> Measured:
                 rate, values = measured(directory)
                 return ideal * rate / n, values

@@ -89,6 +89,7 @@ class ScriptedPool:
     retired: list[WorkerRef] = field(default_factory=list)
     recalled: list[WorkerRef] = field(default_factory=list)
     oom_deaths: int = 0
+    call_most_s: float = float("inf")
     _events: list[Event] = field(default_factory=list)
     _calls: dict[WorkerRef, deque[tuple[int, Inputs, bool]]] = field(
         default_factory=lambda: defaultdict(deque)

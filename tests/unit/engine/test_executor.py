@@ -915,7 +915,7 @@ def test_commands_that_memory_runs_out_for(tmp_path: Path, stages: int, limit: s
 class Joining:
     """A pool that answers all calls it holds together; each took 20 ms for a unit of weight."""
 
-    oom_deaths = 0
+    oom_deaths, call_most_s = 0, float("inf")
 
     def __init__(self, chain: Chain, weights: dict[int, float]) -> None:
         self._chain, self._weights = chain, weights

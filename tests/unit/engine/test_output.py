@@ -142,12 +142,12 @@ def test_log_that_does_not_block_gets_everything() -> None:
 def test_who_writes_for_ever_does_not_keep_the_driver(tmp_path: Path) -> None:
     """A process that a stage left behind is given up after a second."""
     driver = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
         "from hpcresume.engine.output import OutputRelay\n"
         "relay = OutputRelay()\n"
         "pid, out, _ = relay.address.split()\n"
         "writer = subprocess.Popen(['yes'], stdout=open(f'/proc/{pid}/fd/{out}', 'wb'))\n"
-        "time.sleep(0.2)\n"
+        "while not os.fstat(1).st_size: pass\n"
         "start = time.monotonic()\n"
         "relay.close()\n"
         "took = time.monotonic() - start\n"
