@@ -455,6 +455,16 @@ def test_sources_in_batches_are_paced_by_their_batch(tmp_path: Path) -> None:
     assert 0.008 <= bench.executor._admission.pace.likely() < 0.0101
 
 
+def test_pool_says_how_long_a_call_may_be(tmp_path: Path) -> None:
+    """Where a call keeps everybody waiting, it holds less work than the settings say."""
+    bench = Bench(
+        tmp_path, [one], list(range(200)), limits=Limits(chunk_target_s=1.0),
+        call_most_s=4e-3, seconds_per_item=1e-3,
+    )  # fmt: skip
+    assert bench.run()
+    assert 4 == max(bench.sizes())
+
+
 @pytest.mark.parametrize(("cuts", "most"), [(1000, 16), (3, 40)])
 def test_calls_hold_what_those_before_them_began(tmp_path: Path, cuts: int, most: int) -> None:
     """Where calls begin 4 of their items, the next ones hold little more, until some do."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,10 @@ def test_log_that_does_not_block_gets_everything() -> None:
     os.set_blocking(writing, False)
     with subprocess.Popen([sys.executable, "-c", DRIVER, WORKER, "20000"], stdout=writing,
                           stderr=subprocess.DEVNULL) as driver:  # fmt: skip
+        until = time.monotonic() + 30
+        while select.select((), (writing,), (), 0)[1]:  # it has room
+            assert time.monotonic() < until
+            time.sleep(0.01)
         os.close(writing)
         with open(reading) as file:
             lines = file.read().splitlines()
